@@ -1,0 +1,515 @@
+"""Throughput benchmark: output tokens a second on random token ids, every request run to its full length.
+
+    python bench.py --preset mini                                # the demo checkpoint: seconds
+    python bench.py --preset mini --random-weights qwen3-0.6b    # a published shape: about a minute
+    python bench.py --preset mini --random-weights qwen3-0.6b --engine nanovllm,hf --repeats 3
+    python bench.py --model PATH --workload 64:16-64:16-64 --workload 32:1-16:32-32:1024 --json results.json
+
+Engines that are compared run in one process and take turns on the same requests, because machines drift.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import torch
+import transformers
+
+from nanovllm import LLM, SamplingParams, __version__
+from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.random_checkpoint import SHAPES, cached_random_checkpoint
+
+MAX_TOKEN_ID = 10_000  # prompts draw from 0 to this, and wrap round in a smaller vocabulary
+PRESETS = {"full": "256:100-1024:100-1024", "mini": "16:64-256:64-128"}
+INTEGER_OPTIONS = (  # of nanovllm, passed on as they are
+    "tensor_parallel_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kvcache_block_size",
+    "num_kvcache_blocks",
+)
+OTHER_OPTIONS = ("attention_backend", "gpu_memory_utilization", "enforce_eager", "enable_prefix_caching")
+COUNTERS = ("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds", "num_preemptions")
+
+
+@dataclass
+class Requests:
+    """What every engine is given: prompts of token ids, and how many tokens to generate for each."""
+
+    prompts: list[list[int]]
+    output_lens: list[int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(self.output_lens)
+
+    @property
+    def longest(self) -> int:
+        return max(len(prompt) + n for prompt, n in zip(self.prompts, self.output_lens, strict=True))
+
+    def warm_up(self) -> "Requests":
+        """A few short requests that fit wherever these fit."""
+        prompts = [prompt[:32] for prompt in self.prompts[:4]]
+        return Requests(prompts, [min(n, 8) for n in self.output_lens[:4]])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How many requests, and the ranges that prompt and output lengths are drawn from.
+
+    Each prompt starts with the same `shared_prefix` tokens, on top of its own length.
+    """
+
+    num_requests: int
+    prompt_len: tuple[int, int]
+    output_len: tuple[int, int]
+    shared_prefix: int = 0
+
+    @classmethod
+    def parse(cls, spec: str) -> "Workload":
+        """Read `N:PROMPT_LO-PROMPT_HI:OUTPUT_LO-OUTPUT_HI[:SHARED_PREFIX]`."""
+        number, *lengths = spec.split(":")
+        try:
+            if len(lengths) not in (2, 3):
+                raise argparse.ArgumentTypeError(f"it has {len(lengths) + 1} parts")
+            prefix = whole_number(0)(lengths[2]) if len(lengths) == 3 else 0
+            return cls(whole_number(1)(number), length_range(lengths[0]), length_range(lengths[1]), prefix)
+        except argparse.ArgumentTypeError as error:
+            form = f"N:PROMPT_LO-PROMPT_HI:OUTPUT_LO-OUTPUT_HI[:SHARED_PREFIX], e.g. {PRESETS['mini']}"
+            raise argparse.ArgumentTypeError(f"{spec!r} is not {form}: {error}") from None
+
+    def __str__(self) -> str:
+        (prompt_lo, prompt_hi), (output_lo, output_hi) = self.prompt_len, self.output_len
+        prefix = f":{self.shared_prefix}" if self.shared_prefix else ""
+        return f"{self.num_requests}:{prompt_lo}-{prompt_hi}:{output_lo}-{output_hi}{prefix}"
+
+    def draw(self, seed: int, vocab_size: int) -> Requests:
+        """The requests of this seed: the order of the draws is fixed, so that figures stay comparable."""
+        rng = random.Random(seed)
+
+        def tokens(number: int) -> list[int]:
+            return [rng.randint(0, MAX_TOKEN_ID) % vocab_size for _ in range(number)]
+
+        prefix = tokens(self.shared_prefix)
+        prompts = [prefix + tokens(rng.randint(*self.prompt_len)) for _ in range(self.num_requests)]
+        return Requests(prompts, [rng.randint(*self.output_len) for _ in range(self.num_requests)])
+
+
+class NanovllmEngine:
+    """The engine of this repository."""
+
+    def __init__(self, model: Path, longest: int, args: argparse.Namespace) -> None:
+        options: dict[str, Any] = {"dtype": args.dtype, "device": args.device, "seed": args.seed}
+        for name in INTEGER_OPTIONS + OTHER_OPTIONS:
+            if getattr(args, name) is not None:
+                options[name] = getattr(args, name)
+        if longest > 4096:  # the default limit
+            options.setdefault("max_model_len", longest)
+        self.temperature = args.temperature
+        start = time.perf_counter()
+        self.llm = LLM(str(model), skip_tokenizer_init=True, **options)
+        self.startup_seconds = time.perf_counter() - start
+
+    def describe(self) -> str:
+        m = self.llm.get_metrics()
+        blocks = f"{m['num_kvcache_blocks']} KV blocks of {m['kvcache_block_size']} tokens"
+        where = f"{m['device']}, {m['dtype']}, attention {m['attention_backend']}"
+        return f"{blocks} ({gib(m['kvcache_bytes'])}), {where}"
+
+    def run(self, requests: Requests) -> tuple[float, dict[str, Any]]:
+        common: dict[str, Any] = {"temperature": self.temperature, "ignore_eos": True}
+        prompts = [{"prompt_token_ids": prompt} for prompt in requests.prompts]
+        params = [SamplingParams(max_tokens=n, **common) for n in requests.output_lens]
+        self.llm.reset_prefix_cache()  # or a repeat would find all of its prompts computed
+        before = self.llm.get_metrics()
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        check_lengths("nanovllm", [len(out.outputs[0].token_ids) for out in outputs], requests.output_lens)
+        after = self.llm.get_metrics()
+        return seconds, {name: after[name] - before[name] for name in COUNTERS}
+
+    def totals(self) -> dict[str, Any]:
+        return self.llm.get_metrics()
+
+    def close(self) -> None:
+        self.llm.close()
+
+
+class HFEngine:
+    """transformers' generate on left-padded batches, each of which runs until its longest output is done."""
+
+    def __init__(self, model: Path, longest: int, args: argparse.Namespace) -> None:
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        version = tuple(map(int, transformers.__version__.split(".")[:2]))
+        dtype_keyword = "dtype" if version >= (4, 56) else "torch_dtype"
+        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        self.device = pick_device(args.device)
+        self.seed, self.batch_size = args.seed, args.hf_batch_size
+        if args.temperature > 0:
+            sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+        else:  # None, because transformers warns of values that greedy search ignores
+            sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        self.options: dict[str, Any] = {"pad_token_id": 0, **sampling}
+        start = time.perf_counter()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(str(model), **{dtype_keyword: dtype})
+        self.model.to(self.device).eval()
+        self.startup_seconds = time.perf_counter() - start
+
+    def describe(self) -> str:
+        batch = f"batches of {self.batch_size}" if self.batch_size else "one batch a workload"
+        return f"{self.device}, {str(self.model.dtype).removeprefix('torch.')}, {batch}"
+
+    def run(self, requests: Requests) -> tuple[float, dict[str, Any]]:
+        torch.manual_seed(self.seed)
+        size = self.batch_size or len(requests.prompts)
+        start = time.perf_counter()
+        for first in range(0, len(requests.prompts), size):
+            outputs = requests.output_lens[first : first + size]
+            made = self._generate(requests.prompts[first : first + size], max(outputs))
+            check_lengths("hf", made, [max(outputs)] * len(outputs))
+        return time.perf_counter() - start, {}
+
+    def _generate(self, prompts: list[list[int]], new_tokens: int) -> list[int]:
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        with torch.inference_mode():
+            output = self.model.generate(
+                ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                **self.options,
+            ).cpu()  # waits for the device
+        return [len(row) - width for row in output]
+
+    def totals(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        del self.model
+
+
+Engine = NanovllmEngine | HFEngine
+
+
+def check_lengths(engine: str, made: list[int], asked: list[int]) -> None:
+    if made != asked:
+        raise RuntimeError(f"{engine} returned {sum(made)} output tokens; {sum(asked)} were asked for")
+
+
+def pick_device(device: str) -> str:
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name in present if present[name])
+    if not present[device]:
+        raise ValueError(f"--device {device}: this machine, or this build of torch, has none")
+    return device
+
+
+def measure(engines: dict[str, Engine], requests: Requests, repeats: int) -> dict[str, Any]:
+    """Time every engine on the requests, in turns, and take each one's median."""
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    results: dict[str, dict[str, Any]] = {name: {} for name in engines}
+    for _ in range(repeats):
+        for name, engine in engines.items():
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            seconds, details = engine.run(requests)
+            times[name].append(seconds)
+            results[name] |= details  # of the last repeat
+            if torch.cuda.is_available():
+                results[name]["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    medians = {name: statistics.median(times[name]) for name in engines}
+    for name, result in results.items():
+        result["seconds"] = times[name]
+        result["median_seconds"] = medians[name]
+        result["output_tokens_per_second"] = requests.output_tokens / medians[name]
+    first, *others = engines
+    return {
+        "num_requests": len(requests.prompts),
+        "prompt_tokens": requests.prompt_tokens,
+        "output_tokens": requests.output_tokens,
+        "results": results,
+        "ratios": {f"{first}/{other}": medians[other] / medians[first] for other in others},
+    }
+
+
+def process_peak() -> int:
+    """Most memory that this process, with all engines in it, held at once since it started, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str | None]:
+    here = str(Path(__file__).resolve().parent)
+    return {
+        "nanovllm": __version__,
+        "commit": output_of("git", "-C", here, "rev-parse", "--short=10", "HEAD"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": psutil.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "gpus": gpus or (["Apple MPS"] if torch.backends.mps.is_available() else []),
+    }
+
+
+def cpu_model() -> str:
+    name = None
+    if sys.platform == "darwin":
+        name = output_of("sysctl", "-n", "machdep.cpu.brand_string")
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    return name or platform.processor() or platform.machine()
+
+
+def output_of(*command: str) -> str | None:
+    """What the command prints, or None if it fails or is not installed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def print_machine(report: dict[str, Any]) -> None:
+    machine, software = report["hardware"], {k: v for k, v in report["versions"].items() if v}
+    print("model    ", report["model"])
+    print("machine  ", ", ".join([machine["cpu"], *machine["gpus"]]), end=", ")
+    print(f"{machine['cores']} cores, {machine['threads']} threads, {gib(machine['ram_bytes'])} RAM")
+    print("software ", ", ".join(f"{name} {version}" for name, version in software.items()), "\n", flush=True)
+
+
+def print_measurement(measured: dict[str, Any]) -> None:
+    tokens = f"{measured['prompt_tokens']} prompt + {measured['output_tokens']} output tokens"
+    print(f"\nworkload {measured['workload']}: {tokens}")
+    for name, result in measured["results"].items():
+        speed = f"{result['output_tokens_per_second']:10.2f} output tok/s"
+        line = f"  {name:<9}{result['median_seconds']:9.2f} s {speed}"
+        if len(result["seconds"]) > 1:
+            low, high = min(result["seconds"]), max(result["seconds"])
+            line += f", median of {len(result['seconds'])} ({low:.2f}-{high:.2f} s)"
+        if result.get("num_preemptions"):
+            line += f", {result['num_preemptions']} preemptions"
+        if "peak_gpu_memory_bytes" in result:
+            line += f", GPU memory {gib(result['peak_gpu_memory_bytes'])}"
+        print(line)
+    for pair, ratio in measured["ratios"].items():
+        print(f"  ratio {pair.replace('/', ' / ')}: {ratio:.2f}x output tok/s")
+    sys.stdout.flush()
+
+
+def print_totals(report: dict[str, Any]) -> None:
+    print()
+    if kv := report["engines"].get("nanovllm"):
+        blocks = f"{kv['peak_kvcache_blocks_used']} of {kv['num_kvcache_blocks']}"
+        print(f"KV blocks in use at the peak: {blocks}, of {kv['kvcache_block_size']} tokens each")
+    print(f"peak memory of the process: {gib(report['peak_process_memory_bytes'])}")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def length_range(text: str) -> tuple[int, int]:
+    """Read `LO-HI`, or one length."""
+    low, _, high = text.partition("-")
+    bounds = whole_number(1)(low), whole_number(1)(high or low)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} runs backwards")
+    return bounds
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is a page long."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, natural = whole_number(1), whole_number(0)
+
+    add = parser.add_argument_group("workload").add_argument
+    presets = "; ".join(f"{name} is {spec}" for name, spec in PRESETS.items())
+    add("--preset", choices=PRESETS, help=f"{presets} (default: full)")
+    add("--num-requests", type=count, metavar="N", help="instead of the preset's")
+    add("--prompt-len", type=length_range, metavar="LO-HI", help="instead of the preset's")
+    add("--output-len", type=length_range, metavar="LO-HI", help="instead of the preset's")
+    add("--shared-prefix", type=natural, metavar="N", help="tokens put before every prompt (default: 0)")
+    spec = "N:LO-HI:LO-HI[:PREFIX]"
+    spec_help = "all of that in short: requests, prompt and output lengths, shared prefix; may be repeated"
+    add("--workload", type=Workload.parse, action="append", metavar=spec, help=spec_help)
+    add("--seed", type=natural, default=0, help="of prompts, lengths and sampling (default: 0)")
+    add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
+
+    demo = "Without --model and --random-weights, the bundled demo checkpoint: tiny, ready in seconds."
+    group = parser.add_argument_group("model", demo)
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint folder")
+    shapes = "bfloat16, written on first use, without a download"
+    which.add_argument("--random-weights", choices=SHAPES, type=str.lower, help=shapes)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm" / "random-weights"
+    cache_help = "where random weights are kept for the next run (default: %(default)s)"
+    add = group.add_argument
+    add("--weights-cache", type=Path, default=cache, metavar="DIR", help=cache_help)
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+
+    add = parser.add_argument_group("run").add_argument
+    engines = ("nanovllm", "hf", "nanovllm,hf", "hf,nanovllm")
+    engine_help = "nanovllm (the default), hf (transformers), or both, whose ratio is then printed"
+    add("--engine", choices=engines, default="nanovllm", metavar="NAME[,NAME]", help=engine_help)
+    add("--repeats", type=count, default=1, metavar="N", help="report medians (default: 1)")
+    add("--json", type=Path, metavar="FILE", help="write all figures, versions and hardware here")
+    add("--hf-batch-size", type=count, metavar="N", help="(default: all of a workload's requests)")
+
+    own = "Each option defaults to the engine's own choice."
+    add = parser.add_argument_group("nanovllm", own).add_argument
+    for option in INTEGER_OPTIONS:
+        add(f"--{option.replace('_', '-')}", type=count, metavar="N")
+    add("--attention-backend", metavar="NAME")
+    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="lower it if hf is on the same GPU")
+    add("--enforce-eager", action="store_true", default=None, help="no CUDA graphs")
+    add("--no-prefix-caching", dest="enable_prefix_caching", action="store_false", default=None)
+    return parser
+
+
+def chosen_workloads(args: argparse.Namespace) -> list[Workload]:
+    names = ("num_requests", "prompt_len", "output_len", "shared_prefix")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if not args.workload:
+        return [replace(Workload.parse(PRESETS[args.preset or "full"]), **given)]
+    if args.preset or given:
+        name = "preset" if args.preset else next(iter(given)).replace("_", "-")
+        raise ValueError(f"--workload and --{name} exclude each other")
+    return list(args.workload)
+
+
+def chosen_model(args: argparse.Namespace) -> tuple[str, Path]:
+    """The model's name in the report, and its folder."""
+    if args.random_weights:
+        folder = cached_random_checkpoint(args.random_weights, args.weights_cache)
+        return f"{args.random_weights}, random weights", folder
+    return (str(args.model), args.model) if args.model else ("demo", Path(DEMO_MODEL_PATH))
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Run all that the command line asks for, print as it goes, and return the report."""
+    workloads = chosen_workloads(args)
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature is {args.temperature}; it must be at least 0")
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no such folder")
+    model_name, model = chosen_model(args)
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} is no checkpoint folder: it has no config.json")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    drawn = [workload.draw(args.seed, config["vocab_size"]) for workload in workloads]
+    limit = min(args.max_model_len or config["max_position_embeddings"], config["max_position_embeddings"])
+    for workload, requests in zip(workloads, drawn, strict=True):
+        if requests.longest > limit:
+            raise ValueError(
+                f"workload {workload} has a request of {requests.longest} prompt and output tokens; "
+                f"the limit is {limit}, from max_position_embeddings or --max-model-len "
+                "(choose shorter lengths, --preset mini, or another model: --model or --random-weights)"
+            )
+
+    report: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": model_name,
+        "versions": versions(),
+        "hardware": hardware(),
+        "options": {k: v for k, v in vars(args).items() if v is not None and not isinstance(v, Path)},
+        "engines": {},
+        "workloads": [],
+    }
+    print_machine(report)
+    longest = max(requests.longest for requests in drawn)
+    engines: dict[str, Engine] = {}
+    with ExitStack() as stack:
+        for name in args.engine.split(","):
+            engine = (NanovllmEngine if name == "nanovllm" else HFEngine)(model, longest, args)
+            stack.callback(engine.close)
+            engines[name] = engine
+            engine.run(drawn[0].warm_up())
+            print(f"{name} ready in {engine.startup_seconds:.2f} s: {engine.describe()}", flush=True)
+        for workload, requests in zip(workloads, drawn, strict=True):
+            measured = {"workload": str(workload), **measure(engines, requests, args.repeats)}
+            report["workloads"].append(measured)
+            print_measurement(measured)
+        for name, engine in engines.items():
+            startup = {"startup_seconds": engine.startup_seconds}
+            report["engines"][name] = {"setup": engine.describe(), **engine.totals(), **startup}
+    report["peak_process_memory_bytes"] = process_peak()
+    print_totals(report)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 when done, 2 after one line on stderr when what was asked for cannot be done."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        report = benchmark(args)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Attention backends behind one interface, and the choice among them."""
+
+import logging
+
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.attention.matmul import MatmulAttention
+
+__all__ = ["BACKENDS", "AttentionBackend", "AttentionSpec", "select_backend"]
+
+logger = logging.getLogger(__name__)
+
+# In the order in which "auto" tries them.
+BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (MatmulAttention,)}
+
+
+def select_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend]:
+    """The backend called ``name``, or for "auto" the first that can serve ``spec``.
+
+    Raises:
+        ValueError: There is no such backend, or it (with "auto": each) cannot, with the reason.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"attention_backend is {name!r}; use auto, {', '.join(BACKENDS)}")
+    reasons = []
+    for candidate in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
+        reason = candidate.why_not(spec)
+        if reason is None:
+            logger.debug("attention backend %s for %s", candidate.name, spec)
+            return candidate
+        reasons.append(f"{candidate.name}: {reason}")
+    raise ValueError(f"no attention backend serves {spec}: {'; '.join(reasons)}")

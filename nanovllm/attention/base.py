@@ -1,0 +1,111 @@
+"""The interface of attention backends.
+
+A backend owns the paged KV cache, in whatever layout suits it. Once a step it is told which tokens are computed
+(:class:`AttentionMetadata`); then every layer hands it queries, keys and values: it writes keys and values into the
+cache and attends.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The attention of a model on this rank.
+
+    Args:
+        num_layers: Layers, each with its own keys and values.
+        num_heads: Query heads.
+        num_kv_heads: Key-value heads; each serves ``num_heads / num_kv_heads`` query heads.
+        head_dim: Elements of a head.
+        dtype: Of queries, keys, values and the cache.
+        device: Where they are.
+        block_size: Tokens a KV block; None leaves it to the backend.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    block_size: int | None = None
+
+    def bytes_per_token(self) -> int:
+        """KV bytes a token takes, all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """What a step computes, a row a sequence. The lengths are known on the host too, so nothing has to be read back.
+
+    Args:
+        query_lengths: Tokens of each row computed in this step.
+        context_lengths: Tokens of each row to attend to, those computed in this step included (they come last).
+        block_tables: [rows, blocks], int64: each row's KV blocks in order; what lies beyond its context is ignored.
+        slot_mapping: [tokens], int64: where each token's key and value go, ``block * block_size + offset``.
+    """
+
+    query_lengths: list[int]
+    context_lengths: list[int]
+    block_tables: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class AttentionStep(ABC):
+    """One step's attention, for all layers."""
+
+    @abstractmethod
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write the step's keys and values into the layer's cache and attend.
+
+        Each token attends to its sequence's tokens up to and including itself; softmax(q k^T / sqrt(head_dim)) v.
+
+        Args:
+            layer: The layer.
+            q: [tokens, num_heads, head_dim].
+            k: [tokens, num_kv_heads, head_dim].
+            v: [tokens, num_kv_heads, head_dim].
+
+        Returns:
+            [tokens, num_heads, head_dim].
+        """
+
+
+class AttentionBackend(ABC):
+    """Attention over a paged KV cache.
+
+    Args:
+        spec: The model's attention; its ``block_size`` is set.
+    """
+
+    name: ClassVar[str]
+    default_block_size: ClassVar[int] = 16
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        if spec.block_size is None:
+            raise ValueError("block_size must be set")
+        self.spec = spec
+        self.block_size = spec.block_size
+        self.scale = spec.head_dim**-0.5
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, spec: AttentionSpec) -> str | None:
+        """Why this backend cannot serve ``spec``; None if it can."""
+
+    @abstractmethod
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Allocate the KV cache of all layers. Before this, steps attend only within themselves."""
+
+    @abstractmethod
+    def begin_step(self, metadata: AttentionMetadata) -> AttentionStep:
+        """Prepare a step: whatever all layers share is computed here, once."""
+
+    def kv_cache(self) -> Any:
+        """The cache tensor, or None before it is allocated. For tests and diagnostics."""
+        return None

@@ -1,0 +1,190 @@
+"""Attention by plain matrix products: no kernel of our own and none of torch's fused ones, so it runs anywhere.
+
+It is the backend of Apple MPS, whose fused attention gives wrong results for one query and many keys, and everybody's
+reference. Three cases:
+
+- no cache (the profiling run) and prompts without history attend to the keys and values just computed;
+- rows with history gather their blocks from the cache;
+- decode rows are gathered and multiplied together, rows of similar context length in one batch.
+
+Keys and values are stored head-major, ``[blocks, kv_heads, block_size, head_dim]``: gathering (block, head) pairs
+then yields each head's keys in one piece, ready for a batched product. The query heads that share a KV head are the
+rows of one product, so that no head is ever repeated in memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, AttentionStep
+
+# float32 scores that exist at a time in a prefill (64 MiB): longer prompts attend in slices of their queries.
+MAX_SCORES = 1 << 24
+# Decode rows share a batch while the shortest context is at least this share of the longest, which pads it.
+MIN_FILL = 0.6
+
+
+class MatmulAttention(AttentionBackend):
+    """The ``matmul`` backend: any device, floating-point dtype, head size and block size."""
+
+    name = "matmul"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self.cache: torch.Tensor | None = None  # [layers, 2, blocks, kv_heads, block_size, head_dim]
+
+    @classmethod
+    def why_not(cls, spec: AttentionSpec) -> str | None:
+        return None if spec.dtype.is_floating_point else f"dtype {spec.dtype} is not a floating-point type"
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        spec = self.spec
+        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, self.block_size, spec.head_dim)
+        # Zeros rather than whatever memory held; on the CPU the system hands them out page by page as they are used.
+        self.cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+
+    def begin_step(self, metadata: AttentionMetadata) -> "MatmulStep":
+        return MatmulStep(self, metadata)
+
+    def kv_cache(self) -> torch.Tensor | None:
+        return self.cache
+
+
+@dataclass(slots=True)
+class _PrefillRow:
+    """A row of several queries, or of one without history."""
+
+    tokens: slice  # of the step
+    start: int  # position of its first query
+    gather: torch.Tensor | None  # [kv_heads * blocks]: (block, head) pairs of its context; None without history
+
+
+@dataclass(slots=True)
+class _DecodeGroup:
+    """Rows of one query each, of similar context length, that share a batched product."""
+
+    tokens: torch.Tensor  # [rows]: their tokens in the step
+    gather: torch.Tensor  # [rows * kv_heads * blocks]: (block, head) pairs
+    beyond: torch.Tensor  # [rows, 1, 1, length] bool: positions past the row's context
+    stale: torch.Tensor  # flat indices of those positions in [rows * kv_heads * length]
+
+
+class MatmulStep(AttentionStep):
+    """One step of the ``matmul`` backend."""
+
+    def __init__(self, backend: MatmulAttention, metadata: AttentionMetadata) -> None:
+        self.backend = backend
+        self.spec = backend.spec
+        self.prefills: list[_PrefillRow] = []
+        self.decodes: list[_DecodeGroup] = []
+        decode_rows: list[tuple[int, int, int]] = []  # (context length, row, token)
+        token = 0
+        for row, (length, context) in enumerate(zip(metadata.query_lengths, metadata.context_lengths, strict=True)):
+            if length == 1 and context > 1 and backend.cache is not None:
+                decode_rows.append((context, row, token))
+            else:
+                gather = self._gather_index(metadata.block_tables[row : row + 1], context) if context > length else None
+                self.prefills.append(_PrefillRow(slice(token, token + length), context - length, gather))
+            token += length
+        self._group_decodes(decode_rows, metadata)
+        if backend.cache is not None:
+            # [tokens, kv_heads] rows of the cache seen as [blocks * kv_heads * block_size, head_dim]
+            slots, heads = metadata.slot_mapping, self._heads()
+            block, offset = slots // backend.block_size, slots % backend.block_size
+            self.write_index = (
+                (block[:, None] * self.spec.num_kv_heads + heads) * backend.block_size + offset[:, None]
+            ).flatten()
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = k, v  # without a cache every row attends to the step's own
+        if self.backend.cache is not None:
+            keys, values = self.backend.cache[layer]
+            for cache, new in ((keys, k), (values, v)):
+                cache.view(-1, self.spec.head_dim).index_copy_(0, self.write_index, new.reshape(-1, self.spec.head_dim))
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for row in self.prefills:
+            if row.gather is None:
+                row_keys, row_values = k[row.tokens].transpose(0, 1), v[row.tokens].transpose(0, 1)
+            else:
+                length = row.start + row.tokens.stop - row.tokens.start
+                row_keys, row_values = (
+                    self._gathered(cache, row.gather, self.spec.num_kv_heads)[:, :length] for cache in (keys, values)
+                )
+            self._prefill(q[row.tokens], row_keys, row_values, row.start, out[row.tokens])
+        for group in self.decodes:
+            out.index_copy_(0, group.tokens, self._decode(q.index_select(0, group.tokens), keys, values, group))
+        return out
+
+    def _prefill(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, out: torch.Tensor
+    ) -> None:
+        """Attend queries at positions ``start, start + 1, ...`` to keys and values [kv_heads, context, head_dim]."""
+        spec = self.spec
+        group = spec.num_heads // spec.num_kv_heads
+        step = max(1, MAX_SCORES // (spec.num_heads * keys.shape[1]))
+        for first in range(0, q.shape[0], step):
+            queries = q[first : first + step]
+            n, length = (
+                queries.shape[0],
+                start + first + queries.shape[0],
+            )  # later keys are masked for all of them
+            # the query heads of a KV head are rows of one product: [kv_heads, group * n, head_dim]
+            queries = queries.view(n, spec.num_kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)
+            queries = queries.reshape(spec.num_kv_heads, group * n, spec.head_dim)
+            scores = torch.matmul(queries, keys[:, :length].transpose(1, 2)).float().mul_(self.backend.scale)
+            scores = scores.view(spec.num_kv_heads, group, n, length)
+            positions = torch.arange(length, device=q.device)
+            future = positions[None, :] > positions[length - n :, None]
+            scores.masked_fill_(future, float("-inf"))
+            weights = torch.softmax(scores, dim=-1).to(values.dtype).view(spec.num_kv_heads, group * n, length)
+            attended = torch.matmul(weights, values[:, :length]).view(spec.num_kv_heads, group, n, spec.head_dim)
+            out[first : first + n].view(n, spec.num_kv_heads, group, spec.head_dim).copy_(attended.permute(2, 0, 1, 3))
+
+    def _decode(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _DecodeGroup) -> torch.Tensor:
+        """Attend one query a row, q [rows, num_heads, head_dim], to the rows' cached contexts."""
+        spec, rows = self.spec, q.shape[0]
+        pairs = rows * spec.num_kv_heads
+        queries = q.reshape(pairs, spec.num_heads // spec.num_kv_heads, spec.head_dim)
+        scores = torch.bmm(queries, self._gathered(keys, group.gather, pairs).transpose(1, 2)).float()
+        scores = scores.view(rows, spec.num_kv_heads, queries.shape[1], -1).mul_(self.backend.scale)
+        weights = torch.softmax(scores.masked_fill_(group.beyond, float("-inf")), dim=-1).to(values.dtype)
+        context = self._gathered(values, group.gather, pairs)
+        # Positions past a context hold what some earlier sequence left; times zero, an infinity there would be NaN.
+        context.view(-1, spec.head_dim).index_fill_(0, group.stale, 0)
+        return torch.bmm(weights.view(pairs, queries.shape[1], -1), context).view(rows, spec.num_heads, spec.head_dim)
+
+    def _gathered(self, cache: torch.Tensor, index: torch.Tensor, pairs: int) -> torch.Tensor:
+        """A copy of the (block, head) pairs ``index``: [pairs, positions, head_dim]."""
+        flat = cache.view(-1, self.backend.block_size * self.spec.head_dim)
+        return flat.index_select(0, index).view(pairs, -1, self.spec.head_dim)
+
+    def _heads(self) -> torch.Tensor:
+        return torch.arange(self.spec.num_kv_heads, device=self.spec.device)
+
+    def _gather_index(self, tables: torch.Tensor, context: int) -> torch.Tensor:
+        """Pairs that hold the first ``context`` tokens of the rows of ``tables``: [rows * kv_heads * blocks]."""
+        blocks = tables[:, : -(-context // self.backend.block_size)]
+        return (blocks[:, None, :] * self.spec.num_kv_heads + self._heads()[None, :, None]).flatten()
+
+    def _group_decodes(self, rows: list[tuple[int, int, int]], metadata: AttentionMetadata) -> None:
+        rows.sort(reverse=True)
+        device, block_size = self.spec.device, self.backend.block_size
+        while rows:
+            longest = rows[0][0]
+            # short contexts are always worth batching: their products cost less than another launch of each operation
+            end = next((i for i, row in enumerate(rows) if row[0] < MIN_FILL * longest - 2 * block_size), len(rows))
+            members, rows = rows[:end], rows[end:]
+            contexts = torch.tensor([context for context, _, _ in members], device=device)
+            tables = metadata.block_tables[torch.tensor([row for _, row, _ in members], device=device)]
+            padded = -(-longest // block_size) * block_size
+            beyond = torch.arange(padded, device=device)[None, :] >= contexts[:, None]  # [rows, padded]
+            # A released slot's table may name any block: whatever is beyond the context is masked.
+            stale = beyond[:, None, :].expand(-1, self.spec.num_kv_heads, -1).flatten().nonzero().flatten()
+            self.decodes.append(
+                _DecodeGroup(
+                    tokens=torch.tensor([token for _, _, token in members], device=device),
+                    gather=self._gather_index(tables, longest),
+                    beyond=beyond[:, None, None, :],
+                    stale=stale,
+                )
+            )

@@ -1,0 +1,103 @@
+"""Engine configuration: checked once, then frozen."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.utils.validation import check_bool, check_int, check_number, unknown_argument
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the user asked of an engine. Names and defaults are vLLM's where vLLM has the thing.
+
+    Args:
+        model: Directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json).
+        tokenizer: Directory of the tokenizer; the model's by default.
+        skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
+        dtype: Of weights, activations and KV cache: auto (the checkpoint's), bfloat16, float16 or float32.
+        device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu.
+        seed: The noise of requests that have no seed of their own derives from this.
+        tensor_parallel_size: Ranks that share the model.
+        max_model_len: Most tokens of a sequence, prompt and output together; by default the model's, at most 4096.
+        max_num_seqs: Most sequences resident at once.
+        max_num_batched_tokens: Most tokens one step computes, prompt chunks and decode tokens together.
+        gpu_memory_utilization: Share of a CUDA device's memory the engine may use.
+        enforce_eager: Never capture CUDA graphs.
+        enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
+        hf_overrides: Replaces entries of config.json, e.g. ``{"rope_parameters": {...}}``.
+        attention_backend: auto, or the name of a backend in ``nanovllm.attention``.
+        kvcache_block_size: Tokens a KV block holds; the backend's preferred size by default.
+        num_kvcache_blocks: Size of the KV cache in blocks; sized from free memory by default.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is outside its range; the message names it.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    attention_backend: str = "auto"
+    kvcache_block_size: int | None = None
+    num_kvcache_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bool("skip_tokenizer_init", self.skip_tokenizer_init)
+        check_bool("enforce_eager", self.enforce_eager)
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
+        if not isinstance(self.device, str) or self.device.split(":")[0] not in DEVICES:
+            raise ValueError(f"device is {self.device!r}; use one of {', '.join(DEVICES)}")
+        if not isinstance(self.hf_overrides, dict):
+            raise TypeError(f"hf_overrides is {self.hf_overrides!r}; it must be a dictionary of config.json entries")
+        check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
+        check_int("tensor_parallel_size", self.tensor_parallel_size, low=1)
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            check_int(name, getattr(self, name), low=1)
+        for name in ("kvcache_block_size", "num_kvcache_blocks"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), low=1)
+        if self.max_model_len is not None:
+            check_int("max_model_len", self.max_model_len, low=2)  # one prompt token and one output token
+        check_number("gpu_memory_utilization", self.gpu_memory_utilization, low=0.01, high=1.0)
+        for name in ("model", "tokenizer"):
+            path = getattr(self, name)
+            if path is not None and not os.path.isdir(path):
+                raise ValueError(
+                    f"{name} is {path!r}, which is not a directory; give the path of a downloaded "
+                    "Hugging Face checkpoint"
+                )
+
+    @classmethod
+    def from_arguments(cls, model: str | os.PathLike[str], **arguments: Any) -> "EngineConfig":
+        """Build the configuration from keyword arguments; an unknown one raises TypeError with the nearest known."""
+        known = {f.name for f in dataclasses.fields(cls)} - {"model"}
+        for name in arguments:
+            if name not in known:
+                raise unknown_argument("LLM", name, known)
+        if not isinstance(model, (str, os.PathLike)):
+            raise TypeError(
+                f"model is {model!r} ({type(model).__name__}); it must be the path of a checkpoint directory"
+            )
+        if arguments.get("tokenizer") is not None:
+            arguments["tokenizer"] = os.fspath(arguments["tokenizer"])
+        if arguments.get("hf_overrides", {}) is None:
+            arguments["hf_overrides"] = {}
+        return cls(model=os.path.expanduser(os.fspath(model)), **arguments)

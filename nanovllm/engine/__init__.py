@@ -1,0 +1,1 @@
+"""The engine: which tokens run next (pure Python), and the runner that computes them."""

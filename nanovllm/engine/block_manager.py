@@ -1,0 +1,184 @@
+"""KV blocks: who holds which, and which of them a later prompt can reuse.
+
+A block holds the keys and values of ``block_size`` consecutive tokens. A full block whose KV has been computed is
+published under the hash of its tokens chained with its predecessor's hash; a prompt that begins alike then shares
+it. A block nobody holds stays in the cache, reusable, until it is the least recently used one and its space is needed.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import xxhash
+
+from nanovllm.engine.sequence import Sequence
+
+
+class BlockManager:
+    """Hands out the blocks of one KV cache.
+
+    Args:
+        num_blocks: Blocks in the cache.
+        block_size: Tokens a block.
+        enable_prefix_caching: Whether blocks are shared between sequences that begin alike.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._ref_counts = [0] * num_blocks
+        # What a published block holds: its chained hash and its tokens' bytes. The tokens are compared on every hit,
+        # so that a hash collision costs a miss and never gives a sequence somebody else's KV.
+        self._contents: list[tuple[bytes, bytes] | None] = [None] * num_blocks
+        self._published: dict[bytes, int] = {}  # chained hash -> block
+        # Free blocks in the order in which they are taken: those without reusable content first, then the least
+        # recently used. A dictionary, because a prefix hit takes a block out of the middle.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.peak_num_used_blocks = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be allocated now, cached ones that nobody holds included."""
+        return len(self._free)
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that sequences hold."""
+        return self.num_blocks - len(self._free)
+
+    def blocks_needed(self, num_tokens: int) -> int:
+        """Blocks that ``num_tokens`` tokens fill, the last one perhaps partly."""
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, seq: Sequence) -> list[int]:
+        """Cached blocks that hold the beginning of ``seq``, in order; takes nothing.
+
+        The last token is never matched: it must be computed, for its logits are what the next token is sampled from.
+        """
+        if not self.enable_prefix_caching:
+            return []
+        matched: list[int] = []
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            content = (self._hash(seq, index), self._token_bytes(seq, index))
+            block = self._published.get(content[0])
+            if block is None or self._contents[block] != content:
+                break
+            matched.append(block)
+        return matched
+
+    def num_allocatable_after(self, matched: list[int]) -> int:
+        """Blocks left to allocate once the ``matched`` blocks have been taken."""
+        return len(self._free) - sum(1 for block in matched if self._ref_counts[block] == 0)
+
+    def take_prefix(self, seq: Sequence, matched: list[int]) -> None:
+        """Give ``seq``, which holds nothing yet, the blocks that ``match_prefix`` found."""
+        for block in matched:
+            if self._ref_counts[block] == 0:
+                del self._free[block]
+            self._ref_counts[block] += 1
+        seq.block_table.extend(matched)
+        seq.num_published_blocks = len(matched)
+        self.peak_num_used_blocks = max(self.peak_num_used_blocks, self.num_used_blocks)
+
+    def allocate(self, seq: Sequence, num_tokens: int) -> list[int]:
+        """Extend the block table of ``seq`` to hold ``num_tokens`` tokens and return the blocks added.
+
+        The caller has made sure that there are enough free blocks.
+        """
+        added: list[int] = []
+        for _ in range(self.blocks_needed(num_tokens) - len(seq.block_table)):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._ref_counts[block] = 1
+            seq.block_table.append(block)
+            added.append(block)
+        self.peak_num_used_blocks = max(self.peak_num_used_blocks, self.num_used_blocks)
+        return added
+
+    def publish(self, seq: Sequence, num_computed_tokens: int) -> None:
+        """Let others share the full blocks of ``seq`` within its first ``num_computed_tokens`` tokens.
+
+        Their KV must have been computed by a step that is done.
+        """
+        if not self.enable_prefix_caching:
+            return
+        for index in range(seq.num_published_blocks, num_computed_tokens // self.block_size):
+            key, block = self._hash(seq, index), seq.block_table[index]
+            if key not in self._published:  # else a twin computed the same tokens first: this copy stays private
+                self._contents[block] = (key, self._token_bytes(seq, index))
+                self._published[key] = block
+            seq.num_published_blocks = index + 1
+
+    def free(self, seq: Sequence) -> None:
+        """Take back all blocks of ``seq``."""
+        # Backwards, so that the end of a prefix is evicted before its beginning, without which it is useless.
+        for block in reversed(seq.block_table):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                self._free[block] = None
+                if self._contents[block] is None:
+                    self._free.move_to_end(block, last=False)
+        seq.block_table.clear()
+        seq.num_published_blocks = 0
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all published blocks; those that sequences hold stay theirs."""
+        for block in list(self._published.values()):
+            self._forget(block)
+
+    def release_everything(self) -> None:
+        """Take back every block from everybody, and keep the prefix cache.
+
+        Built anew from what the blocks hold, so that it also mends a state that an interrupt left half changed.
+        """
+        self._ref_counts = [0] * self.num_blocks
+        self._published = {content[0]: block for block, content in enumerate(self._contents) if content is not None}
+        self._contents = [
+            content if content is not None and self._published[content[0]] == block else None
+            for block, content in enumerate(self._contents)
+        ]
+        order = sorted(range(self.num_blocks), key=lambda block: self._contents[block] is not None)
+        self._free = OrderedDict.fromkeys(order)
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Raise RuntimeError unless the books agree with ``sequences``, all those that may hold blocks. For tests."""
+        held = [0] * self.num_blocks
+        for seq in sequences:
+            if len(set(seq.block_table)) != len(seq.block_table):
+                raise RuntimeError(f"{seq.request_id} holds a block twice: {seq.block_table}")
+            for block in seq.block_table:
+                held[block] += 1
+        if held != self._ref_counts:
+            wrong = [b for b in range(self.num_blocks) if held[b] != self._ref_counts[b]]
+            raise RuntimeError(f"blocks {wrong} are held {[held[b] for b in wrong]} times but counted otherwise")
+        if set(self._free) != {block for block, count in enumerate(held) if count == 0}:
+            raise RuntimeError("the free list and the blocks that nobody holds differ")
+        known = {content[0]: block for block, content in enumerate(self._contents) if content is not None}
+        if known != self._published:
+            raise RuntimeError("the prefix cache and the blocks' contents differ")
+        seen_content = False
+        for block in self._free:
+            if self._contents[block] is not None:
+                seen_content = True
+            elif seen_content:
+                raise RuntimeError(f"block {block}, which holds nothing reusable, would be taken after a cached one")
+
+    def _hash(self, seq: Sequence, index: int) -> bytes:
+        """Chained hash of a full block; computed once in a sequence's life."""
+        hashes = seq.block_hashes
+        while len(hashes) <= index:
+            parent = hashes[-1] if hashes else b""
+            hashes.append(xxhash.xxh3_128_digest(parent + self._token_bytes(seq, len(hashes))))
+        return hashes[index]
+
+    def _token_bytes(self, seq: Sequence, index: int) -> bytes:
+        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
+
+    def _forget(self, block: int) -> None:
+        """Drop what a block is published as, before it is written again."""
+        content = self._contents[block]
+        if content is not None:
+            self._contents[block] = None
+            del self._published[content[0]]
+            if block in self._free:
+                self._free.move_to_end(block, last=False)

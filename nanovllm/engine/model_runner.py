@@ -1,0 +1,165 @@
+"""Runs plans: the model, its KV cache and the batch state of one rank."""
+
+import logging
+import time
+from dataclasses import replace
+
+import torch
+
+from nanovllm.attention import AttentionSpec, select_backend
+from nanovllm.attention.base import AttentionMetadata
+from nanovllm.config import EngineConfig
+from nanovllm.engine.batch_state import BatchState
+from nanovllm.engine.step_plan import StepPlan
+from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.layers.sampler import Sampler
+from nanovllm.models.registry import get_model_class
+from nanovllm.utils.loader import checkpoint_dtype, load_weights
+from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, kv_budget
+from nanovllm.utils.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+
+class StepHandle:
+    """A step that has been launched.
+
+    Args:
+        tokens: int64 [sampling rows] on the device; None if no row samples.
+    """
+
+    def __init__(self, tokens: torch.Tensor | None) -> None:
+        self._tokens = tokens
+
+    def tokens(self) -> list[int]:
+        """The sampled token ids, in the order of the plan's sampling rows. Waits for the device."""
+        return [] if self._tokens is None else self._tokens.tolist()
+
+
+class ModelRunner:
+    """Loads a model onto a device and runs steps of it.
+
+    Args:
+        config: The engine's configuration.
+        model_config: The checkpoint's.
+        max_model_len: Most tokens of a sequence.
+
+    Raises:
+        ValueError: The device, dtype, architecture or backend cannot be had, or memory is too small.
+    """
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.max_model_len = max_model_len
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, model_config)
+        parallel = ParallelGroup()
+        model_class = get_model_class(model_config.architecture)
+
+        started = time.perf_counter()
+        self.model = model_class(model_config, max_model_len, parallel, self.dtype, self.device)
+        load_weights(self.model, model_config.path, self.model.resolve_weight)
+        self.model.eval()
+        self.sampler = Sampler(model_config.vocab_size, self.device)
+        logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
+
+        spec = AttentionSpec(
+            num_layers=model_config.num_hidden_layers,
+            num_heads=model_config.num_attention_heads // parallel.size,
+            num_kv_heads=max(1, model_config.num_key_value_heads // parallel.size),
+            head_dim=model_config.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            block_size=config.kvcache_block_size,
+        )
+        backend_class = select_backend(config.attention_backend, spec)
+        self.block_size = config.kvcache_block_size or backend_class.default_block_size
+        self.attention = backend_class(replace(spec, block_size=self.block_size))
+        self.num_kvcache_blocks = self._size_kv_cache(spec)
+        self.attention.allocate_cache(self.num_kvcache_blocks)
+        self.batch_state = BatchState(config.max_num_seqs, max_model_len, self.block_size, self.device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Apply a plan's changes, run its rows, and sample. Returns without waiting for the device."""
+        self.batch_state.apply(plan)
+        step = self.batch_state.step_input(plan)
+        hidden = self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
+        if step.sample is None:
+            return StepHandle(None)
+        logits = self.model.compute_logits(hidden.index_select(0, step.sample.hidden_rows))  # of no other rows
+        tokens = self.sampler(logits, step.sample.rows)
+        self.batch_state.append(step.sample, tokens)
+        return StepHandle(tokens)
+
+    def kvcache_bytes(self) -> int:
+        """Size of the KV cache."""
+        return self.num_kvcache_blocks * self.block_size * self.attention.spec.bytes_per_token()
+
+    def _size_kv_cache(self, spec: AttentionSpec) -> int:
+        """Blocks of the KV cache: as told, else what memory and the largest possible need allow."""
+        block_bytes = self.block_size * spec.bytes_per_token()
+        blocks_per_sequence = -(-self.max_model_len // self.block_size)
+        if self.config.num_kvcache_blocks is not None:
+            return self.config.num_kvcache_blocks
+        peak = self._profile_activations() if self.device.type == "cuda" else 0
+        budget = kv_budget(self.device, peak, self.config.gpu_memory_utilization)
+        num_blocks = min(budget // block_bytes, self.config.max_num_seqs * blocks_per_sequence)
+        if self.device.type == "mps":
+            num_blocks = min(num_blocks, MPS_DEFAULT_BLOCKS)
+        if num_blocks < 1:
+            raise ValueError(
+                f"no memory is left for the KV cache on {self.device}: a block of {self.block_size} tokens takes "
+                f"{block_bytes:,} bytes and {max(0, budget):,} may be used (free memory, lower "
+                "max_num_batched_tokens, raise gpu_memory_utilization on CUDA, or set num_kvcache_blocks)"
+            )
+        return num_blocks
+
+    @torch.inference_mode()
+    def _profile_activations(self) -> int:
+        """Bytes a worst-case step takes on a CUDA device beyond the weights: a full budget of prompt tokens."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.run_without_cache(self.config.max_num_batched_tokens)
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def run_without_cache(self, num_tokens: int) -> torch.Tensor:
+        """Run ``num_tokens`` tokens as prompts of at most ``max_model_len``; returns a logits row for each prompt."""
+        lengths = [self.max_model_len] * (num_tokens // self.max_model_len)
+        if num_tokens % self.max_model_len:
+            lengths.append(num_tokens % self.max_model_len)
+        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        nowhere = torch.zeros(len(lengths), 0, dtype=torch.int64, device=self.device)
+        metadata = AttentionMetadata(lengths, list(lengths), nowhere, torch.zeros_like(positions))
+        hidden = self.model(torch.zeros_like(positions), positions, self.attention.begin_step(metadata))
+        rows = min(self.config.max_num_seqs, num_tokens)
+        return self.model.compute_logits(hidden[:rows])
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is CUDA, else MPS, else the CPU. ValueError if this machine lacks it."""
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    kind = name.split(":")[0]
+    if (kind == "cuda" and not has_cuda) or (kind == "mps" and not has_mps):
+        raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds none here; use device='cpu'")
+    device = torch.device(name)
+    if kind == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def resolve_dtype(name: str, model_config: ModelConfig) -> torch.dtype:
+    """The torch dtype for ``name``; "auto" is the checkpoint's."""
+    if name == "auto":
+        name = model_config.dtype or checkpoint_dtype(model_config.path)
+        name = str(name).removeprefix("torch.")
+        if name not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"the checkpoint's dtype is {name!r}; pass dtype='bfloat16', 'float16' or 'float32'")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

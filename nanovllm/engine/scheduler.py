@@ -1,0 +1,262 @@
+"""Which tokens of which sequence run next. Policy only: no tensors, no model.
+
+First come, first served: sequences are admitted in the order of their arrival, the oldest get the token budget
+first, and when blocks run out the youngest resident gives its own up and is computed again later. So the oldest
+always advances, and nobody starves.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step_plan import SlotEntry, StepPlan
+
+# A sequence is admitted while every resident can still grow by this many tokens: without the reserve, one would be
+# admitted into the last free blocks only to be preempted a step later.
+HEADROOM_TOKENS = 16
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A plan handed out by ``schedule`` whose tokens ``update`` has not seen yet."""
+
+    plan: StepPlan
+    sequences: list[Sequence]  # a row each
+
+
+class Scheduler:
+    """Plans steps, and follows what they did.
+
+    ``schedule`` may be called again before ``update`` was told the tokens of the previous plan: a sampled token
+    whose id is not known yet can already be scheduled, because its id lives on the device.
+
+    Args:
+        block_manager: Owner of the KV blocks.
+        max_num_seqs: Most resident sequences, and the number of slots.
+        max_num_batched_tokens: Token budget of a step.
+    """
+
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()  # by arrival; all are younger than any in ``running``
+        self.running: list[Sequence] = []  # by arrival
+        self.num_preemptions = 0
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[_InFlight] = deque()
+        self._released: list[int] = []  # slots to name in the next plan
+        self._head_does_not_fit = False  # remembered until somebody gives blocks back, so that it is asked once
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any sequence still waits or runs."""
+        return bool(self.waiting or self.running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans handed out whose tokens are not known yet."""
+        return len(self._in_flight)
+
+    def max_tokens_per_sequence(self) -> int:
+        """Longest sequence that the KV cache holds, its last token included (whose KV is never needed)."""
+        return self.block_manager.num_blocks * self.block_manager.block_size + 1
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence. Its full length must fit the KV cache (see ``max_tokens_per_sequence``)."""
+        self.waiting.append(seq)
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step, or None if nothing can run before a step in flight is done."""
+        plan = StepPlan()
+        rows: list[Sequence] = []
+        budget = self.max_num_batched_tokens
+        num_preempted = self.num_preemptions
+        index = 0
+        while index < len(self.running) and budget > 0:
+            seq = self.running[index]
+            length = min(seq.num_tokens_to_compute, budget)
+            if length > 0:
+                if not self._grow(seq, seq.num_computed_tokens + length, plan):
+                    break  # it preempted itself: it was the youngest, so nobody comes after it
+                self._add_row(plan, rows, seq, length)
+                budget -= length
+            index += 1
+        if self.num_preemptions == num_preempted:
+            self._admit(plan, rows, budget)
+        if not rows:
+            return None
+        plan.released, self._released = self._released, []
+        self._in_flight.append(_InFlight(plan, rows))
+        return plan
+
+    def update(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
+        """Take in what the oldest plan in flight sampled.
+
+        Args:
+            plan: The plan, now done.
+            tokens: A token id a sampling row, in the order of the rows.
+
+        Returns:
+            The sequences that got a token, those that ended with it included.
+        """
+        batch = self._in_flight.popleft()
+        if batch.plan is not plan:
+            raise RuntimeError("steps must be finished in the order in which they were planned")
+        sampled = iter(tokens)
+        advanced: list[Sequence] = []
+        for seq, start, length, samples in zip(batch.sequences, plan.starts, plan.lengths, plan.samples, strict=True):
+            token = next(sampled) if samples else None
+            if seq.finished:
+                continue  # it ended while this step was in flight: a surplus token
+            if token is not None:
+                seq.num_in_flight -= 1
+                seq.token_ids.append(token)
+                advanced.append(seq)
+            if seq.status is SequenceStatus.RUNNING and start + length <= seq.num_computed_tokens:
+                self.block_manager.publish(seq, start + length)
+            if token is not None:
+                if token in seq.eos_token_ids:
+                    seq.stop_reason = None if token == seq.eos_token_ids[0] else token
+                    self.finish(seq, "stop")
+                elif seq.num_output_tokens >= seq.max_output_tokens:
+                    self.finish(seq, "length")
+        return advanced
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """End a sequence, wherever it is; ending it twice does nothing.
+
+        Its blocks can be handed out at once even if a step in flight still writes them: steps run in order on the
+        device, so that write comes before any of the next owner's.
+        """
+        if seq.finished:
+            return
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+            self._vacate(seq)
+        else:
+            self.waiting.remove(seq)
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+
+    def reset(self) -> None:
+        """Drop every sequence and every plan in flight; the prefix cache stays. Safe after an interrupt anywhere."""
+        for seq in [*self.waiting, *self.running]:
+            seq.status = SequenceStatus.FINISHED
+            seq.finish_reason = seq.finish_reason or "abort"
+            seq.block_table.clear()
+        self.waiting.clear()
+        self.running.clear()
+        self._in_flight.clear()
+        self._released.clear()
+        self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
+        self._head_does_not_fit = False
+        self.block_manager.release_everything()
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if the books are wrong. For tests, between any two operations."""
+        self.block_manager.check_integrity(self.running)
+        if len(self.running) > self.max_num_seqs:
+            raise RuntimeError(f"{len(self.running)} sequences are resident; max_num_seqs is {self.max_num_seqs}")
+        slots = [seq.slot for seq in self.running] + self._free_slots
+        if sorted(slots) != list(range(self.max_num_seqs)):
+            raise RuntimeError(f"slots are lost or shared: {sorted(slots)}")
+        numbers = [seq.number for seq in self.running] + [seq.number for seq in self.waiting]
+        if numbers != sorted(set(numbers)):
+            raise RuntimeError(f"arrival order is broken: {numbers}")
+        for seq in self.waiting:
+            if seq.block_table or seq.slot != -1 or seq.num_computed_tokens:
+                raise RuntimeError(f"{seq.request_id} waits but holds blocks, a slot or computed tokens")
+        for seq in self.running:
+            if len(seq.block_table) < self.block_manager.blocks_needed(seq.num_computed_tokens):
+                raise RuntimeError(f"{seq.request_id} has computed tokens without a block")
+
+    def _admit(self, plan: StepPlan, rows: list[Sequence], budget: int) -> None:
+        """Make waiting sequences resident, in order, while slots, blocks and budget last."""
+        manager = self.block_manager
+        while self.waiting and budget > 0 and self._free_slots:
+            seq = self.waiting[0]
+            if seq.num_in_flight:
+                return  # preempted while its next token was being sampled: the device no longer holds it
+            if self._head_does_not_fit:
+                return
+            matched = manager.match_prefix(seq)
+            needed = manager.blocks_needed(seq.num_tokens) - len(matched) + self._headroom()
+            if self.running and needed > manager.num_allocatable_after(matched):
+                self._head_does_not_fit = True
+                return
+            self.waiting.popleft()
+            manager.take_prefix(seq, matched)
+            manager.allocate(seq, seq.num_tokens)
+            seq.num_computed_tokens = len(matched) * manager.block_size
+            if not seq.metrics.num_preemptions:
+                seq.num_cached_tokens = seq.num_computed_tokens
+            seq.slot = self._free_slots.pop()
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+            plan.entered.append(
+                SlotEntry(seq.slot, seq.token_ids.tolist(), list(seq.block_table), seq.params, seq.noise_key)
+            )
+            length = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            self._add_row(plan, rows, seq, length)
+            budget -= length
+
+    def _headroom(self) -> int:
+        """Blocks that the residents need to grow by ``HEADROOM_TOKENS`` tokens each."""
+        size = self.block_manager.block_size
+        return sum(
+            max(
+                0,
+                -(-min(seq.num_tokens + HEADROOM_TOKENS, self._final_length(seq)) // size) - len(seq.block_table),
+            )
+            for seq in self.running
+        )
+
+    def _final_length(self, seq: Sequence) -> int:
+        return seq.num_prompt_tokens + seq.max_output_tokens - 1  # the last token's KV is never needed
+
+    def _add_row(self, plan: StepPlan, rows: list[Sequence], seq: Sequence, length: int) -> None:
+        """Schedule the next ``length`` tokens of a resident sequence."""
+        samples = length == seq.num_tokens_to_compute
+        plan.slots.append(seq.slot)
+        plan.starts.append(seq.num_computed_tokens)
+        plan.lengths.append(length)
+        plan.samples.append(samples)
+        rows.append(seq)
+        seq.num_computed_tokens += length
+        if samples:
+            seq.num_in_flight += 1
+
+    def _grow(self, seq: Sequence, num_tokens: int, plan: StepPlan) -> bool:
+        """Get blocks for ``num_tokens`` tokens, preempting the youngest while there are none.
+
+        Returns whether ``seq`` itself is still resident.
+        """
+        manager = self.block_manager
+        while manager.blocks_needed(num_tokens) - len(seq.block_table) > manager.num_free_blocks:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        first = len(seq.block_table)
+        for offset, block in enumerate(manager.allocate(seq, num_tokens)):
+            plan.appended_blocks.append((seq.slot, first + offset, block))
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take everything from the youngest resident and put it at the head of the queue."""
+        self.running.pop()
+        self._vacate(seq)
+        seq.status = SequenceStatus.WAITING
+        seq.num_computed_tokens = 0
+        seq.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(seq)
+
+    def _vacate(self, seq: Sequence) -> None:
+        self.block_manager.free(seq)
+        self._head_does_not_fit = False
+        self._free_slots.append(seq.slot)
+        self._released.append(seq.slot)
+        seq.slot = -1

@@ -1,0 +1,112 @@
+"""One sequence's state on the host."""
+
+import enum
+from array import array
+
+from nanovllm.outputs import RequestMetrics
+from nanovllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = enum.auto()  # in the queue: new, or preempted
+    RUNNING = enum.auto()  # resident: it has a slot and KV blocks
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """A prompt and the tokens sampled for it so far.
+
+    Args:
+        request_id: The request it belongs to.
+        number: Order of arrival in the engine; lower runs first.
+        prompt_token_ids: At least one token id.
+        params: Sampling parameters.
+        max_output_tokens: When it ends at the latest, with ``params.max_tokens`` and the context already considered.
+        eos_token_ids: Ids that end it, the model's main one first (empty with ``ignore_eos``).
+        noise_key: 64-bit key of its sampling noise.
+        arrival_time: For the metrics.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "eos_token_ids",
+        "finish_reason",
+        "max_output_tokens",
+        "metrics",
+        "noise_key",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_prompt_tokens",
+        "num_published_blocks",
+        "number",
+        "params",
+        "request_id",
+        "slot",
+        "status",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        number: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        max_output_tokens: int,
+        eos_token_ids: tuple[int, ...] = (),
+        noise_key: int = 0,
+        arrival_time: float = 0.0,
+    ) -> None:
+        self.request_id = request_id
+        self.number = number
+        # A 32-bit array: slices of it are bytes ready for hashing, and a long prompt takes 4 bytes a token.
+        self.token_ids = array("i", prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.params = params
+        self.max_output_tokens = max_output_tokens
+        self.eos_token_ids = eos_token_ids
+        self.noise_key = noise_key
+        self.status = SequenceStatus.WAITING
+        self.slot = -1
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []  # of its full blocks; kept when preempted, so that none is hashed twice
+        self.num_published_blocks = 0  # leading blocks that the prefix cache knows
+        self.num_computed_tokens = 0  # tokens whose KV is in the cache or will be once the steps in flight are done
+        self.num_in_flight = 0  # tokens that steps in flight will sample; their ids are not known yet
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when it first ran
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.metrics = RequestMetrics(arrival_time)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids are known."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Sampled tokens whose ids are known."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The sampled tokens."""
+        return self.token_ids[self.num_prompt_tokens :].tolist()
+
+    @property
+    def num_tokens_to_compute(self) -> int:
+        """Tokens, known or in flight, whose KV is neither computed nor being computed."""
+        if self.num_output_tokens + self.num_in_flight >= self.max_output_tokens:
+            return 0  # its last token is on its way: nothing is left to run
+        return self.num_tokens + self.num_in_flight - self.num_computed_tokens
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.status is SequenceStatus.FINISHED

@@ -1,0 +1,67 @@
+"""What one step tells the model runner: only what changed since the last step, and which tokens to compute.
+
+A plan is plain data. It is what travels to the other ranks under tensor parallelism, so it never holds
+anything of the host's own bookkeeping, and its size does not grow with the length of the contexts.
+"""
+
+from dataclasses import dataclass, field
+
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class SlotEntry:
+    """A sequence that enters a slot.
+
+    Args:
+        slot: Row of the batch state it takes.
+        token_ids: All its tokens so far: the prompt, and after a preemption what was generated before it.
+        block_ids: Its KV blocks so far, in order.
+        params: Its sampling parameters.
+        noise_key: 64-bit key of its sampling noise.
+    """
+
+    slot: int
+    token_ids: list[int]
+    block_ids: list[int]
+    params: SamplingParams
+    noise_key: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step of the model.
+
+    The lists ``slots``, ``starts``, ``lengths`` and ``samples`` run in parallel, a row a scheduled sequence: compute
+    tokens ``starts[i] : starts[i] + lengths[i]`` of the sequence in ``slots[i]``, and sample its next token if
+    ``samples[i]``. A decode row has length 1; a prompt chunk any length. Changes apply before the computation, in
+    the order of the fields.
+    """
+
+    released: list[int] = field(default_factory=list)
+    entered: list[SlotEntry] = field(default_factory=list)
+    appended_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, index in its table, block id)
+    slots: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return sum(self.lengths)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Rows that compute one token and sample the next."""
+        return sum(1 for length, sample in zip(self.lengths, self.samples, strict=True) if length == 1 and sample)
+
+    def __str__(self) -> str:
+        rows = ", ".join(
+            f"{slot}:{start}+{length}{'*' if sample else ''}"
+            for slot, start, length, sample in zip(self.slots, self.starts, self.lengths, self.samples, strict=True)
+        )
+        return (
+            f"{self.num_tokens} tokens of {len(self.slots)} sequences; entered {[e.slot for e in self.entered]}, "
+            f"released {self.released}, {len(self.appended_blocks)} new blocks; rows slot:start+length [{rows}]"
+        )

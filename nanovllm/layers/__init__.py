@@ -1,0 +1,1 @@
+"""The layers models are built from, written for tensor parallelism: each rank holds its share."""

@@ -1,0 +1,52 @@
+"""Token embedding and output head, their vocabulary split over the ranks."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.utils.loader import Span, TensorSource, copy_span, new_parameter
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a [vocab_size, hidden_size] table; each rank keeps an equal share, the last one padded with zeros."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, parallel: ParallelGroup, dtype: torch.dtype, device: Any
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.parallel = parallel
+        self.rows = -(-vocab_size // parallel.size)
+        self.first_id = min(parallel.rank * self.rows, vocab_size)
+        self.num_ids = min(self.rows, vocab_size - self.first_id)  # the rest of the rows is padding
+        self.weight = new_parameter((self.rows, hidden_size), dtype, device, self._load)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids [tokens] -> [tokens, hidden_size]."""
+        if self.parallel.size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.first_id
+        mine = (local >= 0) & (local < self.num_ids)
+        rows = F.embedding(local.where(mine, 0), self.weight)
+        return self.parallel.all_reduce(rows * mine.unsqueeze(-1))
+
+    def _load(self, parameter: nn.Parameter, source: TensorSource, shard_id: str) -> None:
+        copy_span(parameter.data[: self.num_ids], source, 0, Span(self.first_id, self.num_ids, self.vocab_size))
+        parameter.data[self.num_ids :].zero_()
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """Logits over the vocabulary from hidden states; may share its table with the embedding."""
+
+    def tie(self, embedding: VocabParallelEmbedding) -> None:
+        """Use the embedding's table."""
+        self.weight = embedding.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank."""
+        logits = self.parallel.all_gather(F.linear(hidden, self.weight))
+        # Padding, if there is any, is the end of the last shares that hold rows, hence the end of the whole.
+        return logits[:, : self.vocab_size].float()

@@ -1,0 +1,94 @@
+"""Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864), of every type transformers knows.
+
+The frequencies of the scaled types come from transformers' own functions, so that they are its to the last bit.
+"""
+
+import torch
+from torch import nn
+
+from nanovllm.utils.model_config import ModelConfig
+
+# Types whose frequencies transformers changes with the length of the text at hand; below the stated length they are
+# fixed. Beyond it a token's key would depend on what came after it, which no cache can honour.
+_LENGTH_DEPENDENT = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+
+
+class RotaryEmbedding(nn.Module):
+    """Tables of cosines and sines, and the rotation of queries and keys by them.
+
+    Args:
+        config: The model's configuration.
+        max_model_len: Positions the tables cover.
+
+    Raises:
+        ValueError: The rope type is unknown, lacks a parameter, or cannot serve ``max_model_len`` positions.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device) -> None:
+        super().__init__()
+        inverse_frequencies, scaling = rope_frequencies(config, max_model_len)
+        angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * inverse_frequencies[None, :]
+        # float32 [max_model_len, head_dim / 2]; both halves of a head turn by the same angles
+        self.register_buffer("cos", (angles.cos() * scaling).to(device), persistent=False)
+        self.register_buffer("sin", (angles.sin() * scaling).to(device), persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the tables for ``positions`` [tokens]: cosines and sines, float32 [tokens, 1, head_dim / 2]."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate ``x`` [tokens, heads, head_dim], first half against second; in float32, returned in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies, float32 [head_dim / 2], and the factor of cosines and sines."""
+    rope = config.rope
+    if rope.rope_type == "default":
+        if rope.parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("partial_rotary_factor is not supported: the rotary embedding must cover the whole head")
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        return 1.0 / (rope.theta**exponents), 1.0
+
+    # Imported late: the default type, which nearly every checkpoint has, does without.
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = sorted(set(ROPE_INIT_FUNCTIONS) | {"default"})
+    if rope.rope_type not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"rope_type is {rope.rope_type!r}; this transformers knows {', '.join(known)}")
+    limit_name = _LENGTH_DEPENDENT.get(rope.rope_type)
+    if limit_name:
+        limit = rope.parameters.get(limit_name, config.max_position_embeddings)
+        if max_model_len > limit:
+            raise ValueError(
+                f"max_model_len is {max_model_len}, but with rope_type {rope.rope_type!r} positions beyond "
+                f"{limit} ({limit_name}) change with the length of the text, which no KV cache can follow; "
+                f"use max_model_len={limit}, or a static type such as yarn"
+            )
+    try:
+        hf_config = AutoConfig.for_model(
+            config.model_type,
+            head_dim=config.head_dim,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_theta=rope.theta,
+            rope_scaling={**rope.parameters, "rope_type": rope.rope_type},
+        )
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.rope_type](hf_config, torch.device("cpu"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"rope_type {rope.rope_type!r} with {rope.parameters}: {error!r} is missing or wrong"
+        ) from error
+    if frequencies.numel() * 2 != config.head_dim:
+        raise ValueError(
+            f"rope_type {rope.rope_type!r} with {rope.parameters} rotates {frequencies.numel() * 2} of "
+            f"{config.head_dim} elements of a head; only whole heads are supported"
+        )
+    return frequencies.float(), float(scaling)

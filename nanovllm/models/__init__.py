@@ -1,0 +1,1 @@
+"""Model families: the registry, and one file a family."""

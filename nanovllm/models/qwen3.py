@@ -1,0 +1,194 @@
+"""Qwen3: a decoder with grouped-query attention, RMSNorm on queries and keys, and a SwiGLU MLP.
+
+(Qwen3 Technical Report, 2025, https://arxiv.org/abs/2505.09388.)
+"""
+
+import torch
+from torch import nn
+
+from nanovllm.attention.base import AttentionStep
+from nanovllm.layers.activation import get_activation
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.utils.model_config import ModelConfig
+
+
+class Qwen3Attention(nn.Module):
+    """Attention over the paged KV cache, with queries and keys normalised per head before they are rotated."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        parallel: ParallelGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.attention_bias,
+            parallel,
+            dtype,
+            device,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            config.attention_bias,
+            parallel,
+            dtype,
+            device,
+        )
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+
+    def forward(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attention: AttentionStep
+    ) -> torch.Tensor:
+        heads, kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        qkv = self.qkv_proj(hidden).view(-1, heads + 2 * kv_heads, self.head_dim)
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [tokens, heads, head_dim]
+        q = apply_rotary(self.q_norm(q), *rotation)
+        k = apply_rotary(self.k_norm(k), *rotation)
+        return self.o_proj(attention.attend(self.layer, q, k, v).flatten(1))
+
+
+class Qwen3MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelGroup, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.gate_up_proj = GateUpParallelLinear(config.hidden_size, config.intermediate_size, parallel, dtype, device)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, False, parallel, dtype, device)
+        self.activation = get_activation(config.hidden_act)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_up_proj(hidden)))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """Attention, then the MLP, each on the normalised residual stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        parallel: ParallelGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.self_attn = Qwen3Attention(config, layer, parallel, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.mlp = Qwen3MLP(config, parallel, dtype, device)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionStep,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, residual = self.input_layernorm.add(hidden, residual)
+        hidden = self.self_attn(hidden, rotation, attention)
+        hidden, residual = self.post_attention_layernorm.add(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Qwen3Model(nn.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_model_len: int,
+        parallel: ParallelGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel, dtype, device)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, layer, parallel, dtype, device) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.rotary = RotaryEmbedding(config, max_model_len, device)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
+        rotation = self.rotary(positions)  # once a step: all layers turn by the same angles
+        hidden, residual = self.embed_tokens(token_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, rotation, attention)
+        return self.norm.add(hidden, residual)[0]
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """Qwen3 with its output head.
+
+    Args:
+        config: The checkpoint's configuration.
+        max_model_len: Positions the rotary tables cover.
+        parallel: This rank's share.
+        dtype: Of weights and activations.
+        device: Where they live.
+    """
+
+    # Checkpoint tensors that are fused here: name in the checkpoint -> (name here, shard id).
+    FUSED = {  # noqa: RUF012
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", "gate"),
+        "up_proj": ("gate_up_proj", "up"),
+    }
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_model_len: int,
+        parallel: ParallelGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.tied = config.tie_word_embeddings
+        self.model = Qwen3Model(config, max_model_len, parallel, dtype, device)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, parallel, dtype, device)
+        if self.tied:
+            self.lm_head.tie(self.model.embed_tokens)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
+        """Hidden states of a step.
+
+        Args:
+            token_ids: [tokens], the rows' tokens one row after another.
+            positions: [tokens], each token's position in its sequence.
+            attention: The step's attention, which knows the rows' bounds and the KV cache.
+
+        Returns:
+            [tokens, hidden_size] after the final norm.
+        """
+        return self.model(token_ids, positions, attention)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size]."""
+        return self.lm_head(hidden)
+
+    def resolve_weight(self, name: str) -> tuple[str, str] | None:
+        """(parameter, shard id) that a checkpoint tensor fills; None if the model has no use for it."""
+        if name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight"):
+            return None
+        module, _, leaf = name.rpartition(".")
+        parent, _, child = module.rpartition(".")
+        fused, shard_id = self.FUSED.get(child, (child, ""))
+        return f"{parent}.{fused}.{leaf}" if parent else f"{fused}.{leaf}", shard_id

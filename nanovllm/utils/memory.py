@@ -1,0 +1,67 @@
+"""How much memory there is, and how much of it the KV cache may take."""
+
+import os
+
+import psutil
+import torch
+
+# Of the CPU's available memory, the share the KV cache may take at most. Pages are taken only as blocks are used.
+CPU_SHARE = 0.4
+MPS_DEFAULT_BLOCKS = 1024
+MPS_SHARE = 0.5
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def available_cpu_memory() -> int:
+    """Bytes this process can still take: the system's available memory, or less where a control group says so."""
+    available = psutil.virtual_memory().available
+    for limit_file, usage_file in _CGROUP_FILES:
+        try:
+            with open(limit_file) as limit, open(usage_file) as usage:
+                available = min(available, max(0, int(limit.read()) - int(usage.read())))
+        except (OSError, ValueError):  # no such control group, or no limit ("max")
+            continue
+    return available
+
+
+def peak_cpu_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    if os.name == "nt":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cuda_kv_budget(total: int, free: int, allocated: int, activation_peak: int, utilization: float) -> int:
+    """KV cache bytes on a CUDA device.
+
+    Only our own use counts against our share, so that another process on the device does not shrink it further than
+    the memory it really takes.
+
+    Args:
+        total: The device's memory in bytes.
+        free: What is free on it now, with this process's weights loaded.
+        allocated: What this process holds (weights).
+        activation_peak: What a worst-case step takes on top of that.
+        utilization: Share of ``total`` this process may use.
+    """
+    ours = int(total * utilization) - allocated - activation_peak
+    return max(0, min(ours, free - activation_peak))
+
+
+def kv_budget(device: torch.device, activation_peak: int, utilization: float) -> int:
+    """KV cache bytes that fit ``device`` now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        return cuda_kv_budget(total, free, torch.cuda.memory_reserved(device), activation_peak, utilization)
+    if device.type == "mps":
+        return int(MPS_SHARE * (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
+    return int(CPU_SHARE * available_cpu_memory())

@@ -1,0 +1,197 @@
+"""A checkpoint's config.json and generation_config.json, read once into plain values.
+
+Two spellings of config.json are in use: the published files have ``torch_dtype``, ``rope_theta`` and ``rope_scaling``,
+newer ones ``dtype`` and ``rope_parameters``. Both are understood here, and nowhere else.
+"""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+# Keys that hf_overrides may set though a config.json leaves them out.
+_OPTIONAL_KEYS = (
+    "attention_bias",
+    "dtype",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "torch_dtype",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Args:
+        rope_type: "default", or a type that transformers computes.
+        theta: Base of the frequencies.
+        parameters: What else the type takes, e.g. ``factor``.
+    """
+
+    rope_type: str
+    theta: float
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What the engine and the models read of a checkpoint's configuration; sizes in elements."""
+
+    path: str
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    attention_bias: bool
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    dtype: str | None  # as the file spells it; None if it does not say
+    eos_token_ids: tuple[int, ...]  # the main one first
+    generation_config: dict[str, Any]
+    values: dict[str, Any]  # config.json with the overrides applied
+
+
+def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> ModelConfig:
+    """Read the configuration of a checkpoint.
+
+    Args:
+        path: The checkpoint's directory.
+        overrides: Entries that replace config.json's, in either spelling.
+
+    Raises:
+        FileNotFoundError: There is no config.json.
+        ValueError: An entry is missing, malformed or of a kind that is not supported; the message names it.
+    """
+    values = _read_json(os.path.join(path, CONFIG_FILE))
+    if values is None:
+        raise FileNotFoundError(
+            f"{path} has no {CONFIG_FILE}; give the directory of a Hugging Face checkpoint "
+            "(config.json, *.safetensors, tokenizer.json)"
+        )
+    overrides = overrides or {}
+    for key in overrides:
+        if key not in values and key not in _OPTIONAL_KEYS:
+            near = difflib.get_close_matches(key, [*values, *_OPTIONAL_KEYS], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"hf_overrides names {key!r}, which {CONFIG_FILE} does not have{hint}")
+    rope = _read_rope(overrides, _read_rope(values, RopeConfig("default", 10000.0, {})))
+    values = {**values, **overrides}
+    generation = _read_json(os.path.join(path, GENERATION_CONFIG_FILE)) or {}
+
+    def integer(name: str, default: int | None = None) -> int:
+        value = values.get(name, default)
+        if value is None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            found = "is missing" if value is None else f"is {value!r}"
+            raise ValueError(f"{name} {found} in {path}/{CONFIG_FILE}; it must be a positive whole number")
+        return value
+
+    architectures = values.get("architectures") or []
+    config = ModelConfig(
+        path=path,
+        architecture=architectures[0] if architectures else "",
+        model_type=str(values.get("model_type", "")),
+        vocab_size=integer("vocab_size"),
+        hidden_size=integer("hidden_size"),
+        intermediate_size=integer("intermediate_size"),
+        num_hidden_layers=integer("num_hidden_layers"),
+        num_attention_heads=integer("num_attention_heads"),
+        num_key_value_heads=integer("num_key_value_heads"),
+        head_dim=integer("head_dim", 128),  # Qwen3's; never hidden_size / num_attention_heads
+        max_position_embeddings=integer("max_position_embeddings", 32768),
+        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        hidden_act=str(values.get("hidden_act", "silu")),
+        attention_bias=bool(values.get("attention_bias", False)),
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        rope=rope,
+        dtype=overrides.get("dtype")
+        or overrides.get("torch_dtype")
+        or values.get("dtype")
+        or values.get("torch_dtype"),
+        eos_token_ids=_token_ids(generation.get("eos_token_id")) or _token_ids(values.get("eos_token_id")),
+        generation_config=generation,
+        values=values,
+    )
+    _check_supported(config)
+    return config
+
+
+def _check_supported(config: ModelConfig) -> None:
+    values = config.values
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads is {config.num_attention_heads}, which num_key_value_heads "
+            f"({config.num_key_value_heads}) does not divide"
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim is {config.head_dim}; rotary embedding needs an even number")
+    if values.get("quantization_config"):
+        raise ValueError(f"{config.path} is quantized (quantization_config); use the unquantized checkpoint")
+    layer_types = values.get("layer_types") or []
+    if any(kind != "full_attention" for kind in layer_types) or (
+        values.get("use_sliding_window")
+        and not layer_types
+        and values.get("max_window_layers", 0) < config.num_hidden_layers
+    ):
+        raise ValueError(
+            f"{config.path} uses sliding-window attention, which is not supported; if its window is larger than your "
+            "texts, pass hf_overrides={'use_sliding_window': False, 'layer_types': None}"
+        )
+
+
+def _read_rope(values: dict[str, Any], base: RopeConfig) -> RopeConfig:
+    """The rope entries of ``values``, in either spelling, over those of ``base``."""
+    theta = values.get("rope_theta") or base.theta
+    if "rope_parameters" in values:
+        parameters = values["rope_parameters"]
+    elif "rope_scaling" in values:
+        parameters = values["rope_scaling"]
+    else:
+        return RopeConfig(base.rope_type, float(theta), base.parameters)
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ValueError(f"rope_parameters is {parameters!r}; it must be a dictionary with a rope_type")
+    parameters = dict(parameters or {})
+    theta = parameters.pop("rope_theta", None) or theta
+    legacy_type = parameters.pop("type", None)
+    rope_type = parameters.pop("rope_type", None) or legacy_type or "default"
+    return RopeConfig(str(rope_type), float(theta), parameters)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _read_json(path: str) -> dict[str, Any] | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return values
