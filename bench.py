@@ -75,7 +75,7 @@ class Requests:
 class Workload:
     """How many requests, and the ranges that prompt and output lengths are drawn from.
 
-    Each prompt starts with the same `shared_prefix` tokens, on top of its own length.
+    Each prompt starts with the same ``shared_prefix`` tokens, on top of its own length.
     """
 
     num_requests: int
@@ -85,7 +85,7 @@ class Workload:
 
     @classmethod
     def parse(cls, spec: str) -> "Workload":
-        """Read `N:PROMPT_LO-PROMPT_HI:OUTPUT_LO-OUTPUT_HI[:SHARED_PREFIX]`."""
+        """Read ``N:PROMPT_LO-PROMPT_HI:OUTPUT_LO-OUTPUT_HI[:SHARED_PREFIX]``."""
         number, *lengths = spec.split(":")
         try:
             if len(lengths) not in (2, 3):
@@ -360,7 +360,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def length_range(text: str) -> tuple[int, int]:
-    """Read `LO-HI`, or one length."""
+    """Read ``LO-HI``, or one length."""
     low, _, high = text.partition("-")
     bounds = whole_number(1)(low), whole_number(1)(high or low)
     if bounds[0] > bounds[1]:
@@ -438,6 +438,8 @@ def chosen_workloads(args: argparse.Namespace) -> list[Workload]:
 def chosen_model(args: argparse.Namespace) -> tuple[str, Path]:
     """The model's name in the report, and its folder."""
     if args.random_weights:
+        if not (args.weights_cache / args.random_weights).exists():
+            print(f"writing random weights to {args.weights_cache}, where they stay for the next run", flush=True)
         folder = cached_random_checkpoint(args.random_weights, args.weights_cache)
         return f"{args.random_weights}, random weights", folder
     return (str(args.model), args.model) if args.model else ("demo", Path(DEMO_MODEL_PATH))

@@ -23,9 +23,10 @@ BASE = {
 
 
 def write_checkpoint(path: str | os.PathLike[str], seed: int = 0, **changes: Any) -> Path:
-    """Write a float32 checkpoint with BASE's configuration and ``changes``; weights large enough to make texts differ.
+    """Write a float32 checkpoint with BASE's configuration and ``changes``.
 
-    Biases and norm weights are random too, so that forgetting one shows.
+    The weights are large enough for greedy texts to wander instead of repeating a token, and biases and norm weights
+    are random too, so that forgetting one shows.
     """
     model = make_model(seed, **changes)
     model.save_pretrained(path)
@@ -37,9 +38,11 @@ def make_model(seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(**{**BASE, **changes})).eval().float()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.08)
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name:
+                parameter.normal_(0.0, 0.1)
+            elif parameter.ndim > 1:
+                parameter.normal_(0.0, 2.0 * parameter.shape[1] ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model

@@ -2,10 +2,8 @@
 
 Speed and memory use do not depend on what the weights are, so a benchmark needs no download: it writes a
 checkpoint of the published shape within seconds. There is no tokenizer in it; load it with
-`LLM(path, skip_tokenizer_init=True)`.
+``LLM(path, skip_tokenizer_init=True)``.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -51,18 +49,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-14b": _shape(40, 5120, 40, 17408, tied=False),
     "qwen3-32b": _shape(64, 5120, 64, 25600, tied=False),
 }
-"""Where each published shape differs from the others, and `tiny`, a shape for tests."""
+"""Where each published shape differs from the others, and ``tiny``, a shape for tests."""
 
 
 def random_config(shape: str | dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """The contents of config.json, spelt and ordered as in the published Qwen3 checkpoints.
 
     Args:
-        shape: a key of `SHAPES`, or config.json entries that replace those of `tiny`.
-        dtype: what `torch_dtype` says.
+        shape: A key of ``SHAPES``, or config.json entries that replace those of ``tiny``.
+        dtype: What ``torch_dtype`` says.
 
     Raises:
-        ValueError: if the shape is unknown or an entry is none of the published config.json's.
+        ValueError: The shape is unknown, or an entry is none of the published config.json's.
     """
     if isinstance(shape, str):
         if shape not in SHAPES:
@@ -146,23 +144,23 @@ def write_random_checkpoint(
 ) -> Path:
     """Write config.json, generation_config.json and safetensors with random weights.
 
-    Matrices and biases are normal with the config's `initializer_range` (0.02) as deviation, norms are ones.
+    Matrices and biases are normal with the config's ``initializer_range`` (0.02) as deviation, norms are ones.
     No shape takes more than 100 MB of memory to write, and 0.6B takes as long as the disk takes for 1.2 GB.
 
     Args:
-        path: the folder, made if it does not exist. Checkpoint files already in it are replaced.
-        shape: a key of `SHAPES`, such as "qwen3-0.6b", or config.json entries that replace those of `tiny`.
+        path: The folder, made if it does not exist. Checkpoint files already in it are replaced.
+        shape: A key of ``SHAPES``, such as "qwen3-0.6b", or config.json entries that replace those of ``tiny``.
         dtype: bfloat16, float16 or float32.
-        seed: of the weights; the same seed writes the same bytes.
-        max_shard_bytes: weights that take more are split into shards of at most this, with an index.
-        store_tied_head: also store a tied lm_head.weight, a copy of the embeddings, as the published 0.6B and
+        seed: Of the weights; the same seed writes the same bytes.
+        max_shard_bytes: Weights that take more are split into shards of at most this, with an index.
+        store_tied_head: Also store a tied lm_head.weight, a copy of the embeddings, as the published 0.6B and
             1.7B do (4B does not).
 
     Returns:
-        The folder, as a `Path`.
+        The folder.
 
     Raises:
-        ValueError: if the shape or the dtype is unknown.
+        ValueError: The shape or the dtype is unknown.
     """
     if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"dtype is {dtype}; choose from {', '.join(map(str, SAFETENSORS_DTYPES))}")
