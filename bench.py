@@ -11,10 +11,8 @@ Engines that are compared run in one process and take turns on the same requests
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,12 +22,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
 import torch
 import transformers
 
-from nanovllm import LLM, SamplingParams, __version__
+from nanovllm import LLM, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.environment import hardware, versions
+from nanovllm.utils.memory import peak_cpu_memory
 from nanovllm.utils.random_checkpoint import SHAPES, cached_random_checkpoint
 
 MAX_TOKEN_ID = 10_000  # prompts draw from 0 to this, and wrap round in a smaller vocabulary
@@ -258,59 +257,6 @@ def measure(engines: dict[str, Engine], requests: Requests, repeats: int) -> dic
     }
 
 
-def process_peak() -> int:
-    """Most memory that this process, with all engines in it, held at once since it started, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions() -> dict[str, str | None]:
-    here = str(Path(__file__).resolve().parent)
-    return {
-        "nanovllm": __version__,
-        "commit": output_of("git", "-C", here, "rev-parse", "--short=10", "HEAD"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def hardware() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu_model(),
-        "cores": psutil.cpu_count(logical=False),
-        "threads": psutil.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "gpus": gpus or (["Apple MPS"] if torch.backends.mps.is_available() else []),
-    }
-
-
-def cpu_model() -> str:
-    name = None
-    if sys.platform == "darwin":
-        name = output_of("sysctl", "-n", "machdep.cpu.brand_string")
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    return name or platform.processor() or platform.machine()
-
-
-def output_of(*command: str) -> str | None:
-    """What the command prints, or None if it fails or is not installed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
 def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
@@ -469,7 +415,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model_name,
-        "versions": versions(),
+        "versions": versions(Path(__file__).resolve().parent),
         "hardware": hardware(),
         "options": {k: v for k, v in vars(args).items() if v is not None and not isinstance(v, Path)},
         "engines": {},
@@ -492,7 +438,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         for name, engine in engines.items():
             startup = {"startup_seconds": engine.startup_seconds}
             report["engines"][name] = {"setup": engine.describe(), **engine.totals(), **startup}
-    report["peak_process_memory_bytes"] = process_peak()
+    report["peak_process_memory_bytes"] = peak_cpu_memory()
     print_totals(report)
     return report
 
