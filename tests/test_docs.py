@@ -55,7 +55,8 @@ def test_the_tree_in_the_architecture_page_names_real_files() -> None:
 
 
 def test_both_commands_of_the_readme_make_their_own_environment_and_pin_torch() -> None:
-    lines = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("python3 -m venv ")]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    lines = [line for line in readme.splitlines() if line.startswith("python3 -m venv ")]
     assert len(lines) == 2
     assert all("torch==2.13.0" in line for line in lines)
     assert "example.py" in lines[0]

@@ -179,7 +179,6 @@ class LLMEngine:
         outputs = []
         for seq in advanced:
             seq.metrics.first_token_time = seq.metrics.first_token_time or now
-            seq.metrics.first_scheduled_time = seq.metrics.first_scheduled_time or started
             if seq.finished:
                 seq.metrics.finished_time = now
                 outputs.append(self._output(seq))

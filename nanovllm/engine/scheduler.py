@@ -5,6 +5,7 @@ first, and when blocks run out the youngest resident gives its own up and is com
 always advances, and nobody starves.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -194,6 +195,8 @@ class Scheduler:
                 seq.num_cached_tokens = seq.num_computed_tokens
             seq.slot = self._free_slots.pop()
             seq.status = SequenceStatus.RUNNING
+            if seq.metrics.first_scheduled_time is None:
+                seq.metrics.first_scheduled_time = time.perf_counter()
             self.running.append(seq)
             plan.entered.append(
                 SlotEntry(seq.slot, seq.token_ids.tolist(), list(seq.block_table), seq.params, seq.noise_key)

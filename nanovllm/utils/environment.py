@@ -14,7 +14,7 @@ from nanovllm.version import __version__
 
 
 def versions(checkout: Path) -> dict[str, str | None]:
-    """Of this package, the commit of the ``checkout`` that runs (None if it is none), Python, torch and transformers."""
+    """Of this package, the commit of ``checkout`` (None if it is no git checkout), Python, torch and transformers."""
     return {
         "nanovllm": __version__,
         "commit": _output_of("git", "-C", str(checkout), "rev-parse", "--short=10", "HEAD"),
