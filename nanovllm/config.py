@@ -2,13 +2,13 @@
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.utils.validation import check_bool, check_int, check_number, unknown_argument
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,8 @@ class EngineConfig:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
-        if not isinstance(self.device, str) or self.device.split(":")[0] not in DEVICES:
-            raise ValueError(f"device is {self.device!r}; use one of {', '.join(DEVICES)}")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device is {self.device!r}; use auto, cuda, cuda:N, mps or cpu")
         if not isinstance(self.hf_overrides, dict):
             raise TypeError(f"hf_overrides is {self.hf_overrides!r}; it must be a dictionary of config.json entries")
         check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)

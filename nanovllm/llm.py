@@ -199,7 +199,7 @@ def _as_prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     tolist = getattr(prompts, "tolist", None)
-    if tolist is not None and getattr(prompts, "ndim", 1) == 1:
+    if tolist is not None:
         prompts = tolist()  # a numpy array or tensor of token ids
     if not isinstance(prompts, Sequence):
         raise TypeError(

@@ -1,6 +1,5 @@
 """How one request is sampled and when it ends."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,9 +52,7 @@ class SamplingParams:
     def from_generation_config(cls, generation_config: Mapping[str, Any]) -> "SamplingParams":
         """The defaults a checkpoint ships in generation_config.json; what it leaves out keeps our default."""
         if generation_config.get("do_sample") is False:
-            return cls(temperature=0.0)
-        known = ("temperature", "top_k", "top_p")
-        values = {name: generation_config[name] for name in known if generation_config.get(name) is not None}
-        if math.isclose(values.get("temperature", 1.0), 0.0):
-            values = {"temperature": 0.0}
-        return cls(**values)
+            generation_config = {**generation_config, "temperature": 0.0}
+        names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "max_new_tokens": "max_tokens"}
+        found = {ours: generation_config[theirs] for theirs, ours in names.items() if theirs in generation_config}
+        return cls(**{name: value for name, value in found.items() if value is not None})

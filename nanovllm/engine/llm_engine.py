@@ -18,6 +18,7 @@ from nanovllm.engine.step_plan import StepPlan
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.model_config import load_model_config
+from nanovllm.utils.validation import check_int
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class LLMEngine:
         block_manager = BlockManager(
             self.runner.num_kvcache_blocks, self.runner.block_size, config.enable_prefix_caching
         )
-        self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(block_manager, self.runner.num_slots, config.max_num_batched_tokens)
         self.default_params = SamplingParams.from_generation_config(self.model_config.generation_config)
         self.counters = _Counters()
         self._requests: dict[str, tuple[str | None, Sequence]] = {}
@@ -166,7 +167,17 @@ class LLMEngine:
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns the requests that ended in it."""
+        """Run one step; returns the requests that ended in it.
+
+        If it fails or is interrupted, all requests are dropped and the engine is ready for new ones.
+        """
+        try:
+            return self._step()
+        except BaseException:  # Ctrl-C included
+            self.reset()
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan is None:
@@ -337,7 +348,8 @@ def _token_ids(name: str, ids: Any) -> list[int]:
                 f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary"
             )
         ids = tolist()
+    if all(type(token) is int for token in ids):
+        return list(ids)
     for position, token in enumerate(ids):
-        if type(token) is not int:
-            raise TypeError(f"{name} has {token!r} at position {position}; token ids are whole numbers")
-    return list(ids)
+        check_int(f"position {position} of {name}", token)
+    return [int(token) for token in ids]

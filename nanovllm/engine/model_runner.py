@@ -15,7 +15,7 @@ from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
-from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, kv_budget
+from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, kv_budget
 from nanovllm.utils.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ class ModelRunner:
         self.attention = backend_class(replace(spec, block_size=self.block_size))
         self.num_kvcache_blocks = self._size_kv_cache(spec)
         self.attention.allocate_cache(self.num_kvcache_blocks)
-        self.batch_state = BatchState(config.max_num_seqs, max_model_len, self.block_size, self.device)
+        # A resident holds at least one block, so more slots than blocks would never be filled.
+        self.num_slots = min(config.max_num_seqs, self.num_kvcache_blocks)
+        self.batch_state = BatchState(self.num_slots, max_model_len, self.block_size, self.device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -102,7 +104,14 @@ class ModelRunner:
         block_bytes = self.block_size * spec.bytes_per_token()
         blocks_per_sequence = -(-self.max_model_len // self.block_size)
         if self.config.num_kvcache_blocks is not None:
-            return self.config.num_kvcache_blocks
+            wanted = self.config.num_kvcache_blocks
+            free = free_memory(self.device)
+            if wanted * block_bytes > free:
+                raise ValueError(
+                    f"num_kvcache_blocks is {wanted}: at {block_bytes:,} bytes each they take {wanted * block_bytes:,} "
+                    f"bytes, and {free:,} are free on {self.device}; at most {free // block_bytes} blocks fit"
+                )
+            return wanted
         peak = self._profile_activations() if self.device.type == "cuda" else 0
         budget = kv_budget(self.device, peak, self.config.gpu_memory_utilization)
         num_blocks = min(budget // block_bytes, self.config.max_num_seqs * blocks_per_sequence)
@@ -148,6 +157,8 @@ def resolve_device(name: str) -> torch.device:
     if (kind == "cuda" and not has_cuda) or (kind == "mps" and not has_mps):
         raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds none here; use device='cpu'")
     device = torch.device(name)
+    if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
     if kind == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device

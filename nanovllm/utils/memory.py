@@ -55,6 +55,15 @@ def cuda_kv_budget(total: int, free: int, allocated: int, activation_peak: int, 
     return max(0, min(ours, free - activation_peak))
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on ``device`` now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return available_cpu_memory()
+
+
 def kv_budget(device: torch.device, activation_peak: int, utilization: float) -> int:
     """KV cache bytes that fit ``device`` now."""
     if device.type == "cuda":
@@ -63,5 +72,5 @@ def kv_budget(device: torch.device, activation_peak: int, utilization: float) ->
         free, total = torch.cuda.mem_get_info(device)
         return cuda_kv_budget(total, free, torch.cuda.memory_reserved(device), activation_peak, utilization)
     if device.type == "mps":
-        return int(MPS_SHARE * (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
-    return int(CPU_SHARE * available_cpu_memory())
+        return int(MPS_SHARE * free_memory(device))
+    return int(CPU_SHARE * free_memory(device))
