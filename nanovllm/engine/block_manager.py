@@ -5,12 +5,29 @@ published under the hash of its tokens chained with its predecessor's hash; a pr
 it. A block nobody holds stays in the cache, reusable, until it is the least recently used one and its space is needed.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import xxhash
 
 from nanovllm.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _Content:
+    """What a published block holds: the KV of one block's tokens, computed after all tokens before them.
+
+    Args:
+        key: Hash of those tokens, chained with their predecessors'.
+        index: Number of the block in its sequence.
+        token_ids: The tokens of the sequence that published it, later ones included; they only ever grow.
+    """
+
+    key: bytes
+    index: int
+    token_ids: array
 
 
 class BlockManager:
@@ -27,9 +44,7 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._ref_counts = [0] * num_blocks
-        # What a published block holds: its chained hash and its tokens' bytes. The tokens are compared on every hit,
-        # so that a hash collision costs a miss and never gives a sequence somebody else's KV.
-        self._contents: list[tuple[bytes, bytes] | None] = [None] * num_blocks
+        self._contents: list[_Content | None] = [None] * num_blocks  # None: not published
         self._published: dict[bytes, int] = {}  # chained hash -> block
         # Free blocks in the order in which they are taken: those without reusable content first, then the least
         # recently used. A dictionary, because a prefix hit takes a block out of the middle.
@@ -58,11 +73,19 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return []
         matched: list[int] = []
+        compared: array | None = None  # tokens of a publisher that have been compared up to here
         for index in range((seq.num_tokens - 1) // self.block_size):
-            content = (self._hash(seq, index), self._token_bytes(seq, index))
-            block = self._published.get(content[0])
-            if block is None or self._contents[block] != content:
+            block = self._published.get(self._hash(seq, index))
+            content = None if block is None else self._contents[block]
+            if block is None or content is None or content.index != index:
                 break
+            # The tokens decide, so that a hash collision costs a miss and never gives a sequence somebody else's KV.
+            # All of them: two prefixes whose hashes once collided have the same hashes ever after.
+            start = (index if content.token_ids is compared else 0) * self.block_size
+            end = (index + 1) * self.block_size
+            if content.token_ids[start:end] != seq.token_ids[start:end]:
+                break
+            compared = content.token_ids
             matched.append(block)
         return matched
 
@@ -105,7 +128,7 @@ class BlockManager:
         for index in range(seq.num_published_blocks, num_computed_tokens // self.block_size):
             key, block = self._hash(seq, index), seq.block_table[index]
             if key not in self._published:  # else a twin computed the same tokens first: this copy stays private
-                self._contents[block] = (key, self._token_bytes(seq, index))
+                self._contents[block] = _Content(key, index, seq.token_ids)
                 self._published[key] = block
             seq.num_published_blocks = index + 1
 
@@ -132,9 +155,9 @@ class BlockManager:
         Built anew from what the blocks hold, so that it also mends a state that an interrupt left half changed.
         """
         self._ref_counts = [0] * self.num_blocks
-        self._published = {content[0]: block for block, content in enumerate(self._contents) if content is not None}
+        self._published = {content.key: block for block, content in enumerate(self._contents) if content is not None}
         self._contents = [
-            content if content is not None and self._published[content[0]] == block else None
+            content if content is not None and self._published[content.key] == block else None
             for block, content in enumerate(self._contents)
         ]
         order = sorted(range(self.num_blocks), key=lambda block: self._contents[block] is not None)
@@ -153,7 +176,7 @@ class BlockManager:
             raise RuntimeError(f"blocks {wrong} are held {[held[b] for b in wrong]} times but counted otherwise")
         if set(self._free) != {block for block, count in enumerate(held) if count == 0}:
             raise RuntimeError("the free list and the blocks that nobody holds differ")
-        known = {content[0]: block for block, content in enumerate(self._contents) if content is not None}
+        known = {content.key: block for block, content in enumerate(self._contents) if content is not None}
         if known != self._published:
             raise RuntimeError("the prefix cache and the blocks' contents differ")
         seen_content = False
@@ -168,17 +191,15 @@ class BlockManager:
         hashes = seq.block_hashes
         while len(hashes) <= index:
             parent = hashes[-1] if hashes else b""
-            hashes.append(xxhash.xxh3_128_digest(parent + self._token_bytes(seq, len(hashes))))
+            start = len(hashes) * self.block_size
+            hashes.append(xxhash.xxh3_128_digest(parent + seq.token_ids[start : start + self.block_size].tobytes()))
         return hashes[index]
-
-    def _token_bytes(self, seq: Sequence, index: int) -> bytes:
-        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
 
     def _forget(self, block: int) -> None:
         """Drop what a block is published as, before it is written again."""
         content = self._contents[block]
         if content is not None:
             self._contents[block] = None
-            del self._published[content[0]]
+            del self._published[content.key]
             if block in self._free:
                 self._free.move_to_end(block, last=False)

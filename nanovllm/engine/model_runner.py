@@ -12,6 +12,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.batch_state import BatchState
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.layers.product import pack_weights
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
@@ -61,6 +62,7 @@ class ModelRunner:
         self.model = model_class(model_config, max_model_len, parallel, self.dtype, self.device)
         load_weights(self.model, model_config.path, self.model.resolve_weight)
         self.model.eval()
+        pack_weights(self.model)
         self.sampler = Sampler(model_config.vocab_size, self.device)
         logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.layers.product import PackableProduct
 from nanovllm.utils.loader import Span, TensorSource, copy_span, new_parameter
 
 
@@ -38,7 +39,7 @@ class VocabParallelEmbedding(nn.Module):
         parameter.data[self.num_ids :].zero_()
 
 
-class ParallelLMHead(VocabParallelEmbedding):
+class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[misc]  # its weight may be packed
     """Logits over the vocabulary from hidden states; may share its table with the embedding."""
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
@@ -47,6 +48,6 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank."""
-        logits = self.parallel.all_gather(F.linear(hidden, self.weight))
+        logits = self.parallel.all_gather(self.product(hidden))
         # Padding, if there is any, is the end of the last shares that hold rows, hence the end of the whole.
         return logits[:, : self.vocab_size].float()

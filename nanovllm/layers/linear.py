@@ -11,10 +11,10 @@ layer. It reads from ``source`` only the rows or columns that this rank keeps.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.layers.product import PackableProduct
 from nanovllm.utils.loader import Span, TensorSource, copy_span, new_parameter
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class MergedColumnParallelLinear(nn.Module):
+class MergedColumnParallelLinear(PackableProduct):
     """Several linear layers of the same input, fused: y = x W^T + b, this rank's outputs of each behind one another.
 
     Args:
@@ -50,7 +50,7 @@ class MergedColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, input_size] -> [tokens, this rank's outputs]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
     def _load(self, parameter: nn.Parameter, source: TensorSource, shard_id: str) -> None:
         span = self.spans[shard_id]
@@ -129,7 +129,7 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         self.num_kv_heads = kv_last - kv_first
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(PackableProduct):
     """y = x W^T + b with the inputs split over the ranks and the partial results summed."""
 
     def __init__(
@@ -151,7 +151,7 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, this rank's inputs] -> [tokens, output_size]."""
         bias = self.bias if self.parallel.rank == 0 else None  # the sum over the ranks must hold it once
-        return self.parallel.all_reduce(F.linear(x, self.weight, bias))
+        return self.parallel.all_reduce(self.product(x, bias))
 
     def _load_weight(self, parameter: nn.Parameter, source: TensorSource, shard_id: str) -> None:
         copy_span(parameter.data, source, 1, self.span)
