@@ -40,8 +40,8 @@ class MatmulAttention(AttentionBackend):
     def allocate_cache(self, num_blocks: int) -> None:
         spec = self.spec
         shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, self.block_size, spec.head_dim)
-        # Zeros rather than whatever memory held; on the CPU the system hands them out page by page as they are used.
-        self.cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+        # Not zeroed: that would touch all of it at once, and what lies beyond a context is masked in any case.
+        self.cache = torch.empty(shape, dtype=spec.dtype, device=spec.device)
 
     def begin_step(self, metadata: AttentionMetadata) -> "MatmulStep":
         return MatmulStep(self, metadata)

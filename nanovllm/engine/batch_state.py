@@ -60,7 +60,6 @@ class BatchState:
         self.block_size = block_size
         self.device = device
         max_blocks = -(-max_model_len // block_size)
-        # torch.zeros takes no memory on the CPU until it is written to, so the widest case costs nothing there.
         self.token_ids = torch.zeros(num_slots, max_model_len + 1, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
         self.temperature = torch.zeros(num_slots, dtype=torch.float32, device=device)
@@ -131,15 +130,16 @@ class BatchState:
         if len(sampling) < len(plan.slots):
             index = self._tensor(sampling)
             slots, last_tokens, next_positions = slots[index], last_tokens[index], next_positions[index]
-        params = [self.params[plan.slots[row]] for row in sampling]
+        params = [p for row in sampling if (p := self.params[plan.slots[row]]) is not None]
         rows = SamplingRows(
             temperature=self.temperature[slots],
             top_k=self.top_k[slots],
             top_p=self.top_p[slots],
             keys=self.noise_keys[slots],
             positions=next_positions,
-            all_greedy=all(p is not None and p.temperature == 0 for p in params),
-            any_truncated=any(p is not None and p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
+            all_greedy=all(p.temperature == 0 for p in params),
+            any_greedy=any(p.temperature == 0 for p in params),
+            any_truncated=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
         )
         return SampleInput(last_tokens, slots, rows)
 

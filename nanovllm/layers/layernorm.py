@@ -23,10 +23,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype."""
-        # Nothing here may work in place: for float32 input, x.float() is x itself.
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        # Nothing here works in place: x may be the residual stream. The norm is taken in float32 without a float32
+        # copy of x, and the product with the float32 scale is float32 by promotion.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
+        return (x * scale).to(x.dtype) * self.weight
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Add ``x`` to the residual stream and normalise the sum: returns (normalised, sum). None starts the stream."""

@@ -43,7 +43,11 @@ class RotaryEmbedding(nn.Module):
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate ``x`` [tokens, heads, head_dim], first half against second; in float32, returned in x's dtype."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+    out[..., half:] = (second * cos).addcmul_(first, sin)
+    return out
 
 
 def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Tensor, float]:

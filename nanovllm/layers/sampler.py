@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+# Noise that fits a core's cache besides its input: 512 KiB.
+CACHED_ELEMENTS = 1 << 17
+
 
 def _signed(word: int) -> int:
     """A 32-bit word as a Python int that an int32 tensor accepts."""
@@ -73,6 +76,7 @@ class SamplingRows:
         keys: int32 [rows, 2], noise keys.
         positions: int64 [rows], positions of the tokens to be sampled.
         all_greedy: Every temperature is 0.
+        any_greedy: Some temperature is 0.
         any_truncated: Some row has a top_k or a top_p.
     """
 
@@ -82,6 +86,7 @@ class SamplingRows:
     keys: torch.Tensor
     positions: torch.Tensor
     all_greedy: bool
+    any_greedy: bool
     any_truncated: bool
 
 
@@ -99,15 +104,20 @@ class Sampler(nn.Module):
 
     def forward(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         """logits float32 [rows, vocab_size], which it may overwrite -> token ids int64 [rows]."""
-        greedy_tokens = logits.argmax(dim=-1)
         if rows.all_greedy:
-            return greedy_tokens
-        greedy = rows.temperature == 0
-        scores = logits.div_(rows.temperature.where(~greedy, 1.0)[:, None])
+            return logits.argmax(dim=-1)
+        greedy_tokens = logits.argmax(dim=-1) if rows.any_greedy else None
+        scores = logits.div_(rows.temperature.masked_fill(rows.temperature == 0, 1.0)[:, None])
         if rows.any_truncated:
             scores = truncate(scores, rows.top_k, rows.top_p)
-        scores -= exponential_noise(rows.keys, rows.positions, self.words).log_()
-        return torch.where(greedy, greedy_tokens, scores.argmax(dim=-1))
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        # On the CPU a few rows at a time: the noise takes a dozen passes, which should find their data in the cache.
+        step = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+        for first in range(0, logits.shape[0], step):
+            part = slice(first, first + step)
+            noise = exponential_noise(rows.keys[part], rows.positions[part], self.words)
+            tokens[part] = scores[part].sub_(noise.log_()).argmax(dim=-1)
+        return tokens if greedy_tokens is None else torch.where(rows.temperature == 0, greedy_tokens, tokens)
 
 
 def truncate(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
