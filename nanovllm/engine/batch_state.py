@@ -113,8 +113,10 @@ class BatchState:
         slot, params = entry.slot, entry.params
         self.token_ids[slot, : len(entry.token_ids)] = self._tensor(entry.token_ids, torch.int32)
         self.block_tables[slot, : len(entry.block_ids)] = self._tensor(entry.block_ids, torch.int32)
-        self.temperature[slot] = params.temperature
-        self.top_k[slot] = max(params.top_k, 0)
+        # Kept to what the device's types and the sampler's quotients hold. Long before these bounds, only the most
+        # likely token is drawn, or all tokens alike, or the whole vocabulary is kept.
+        self.temperature[slot] = min(max(params.temperature, 1e-20), 1e20) if params.temperature > 0 else 0.0
+        self.top_k[slot] = min(max(params.top_k, 0), 2**31)
         self.top_p[slot] = params.top_p
         words = [entry.noise_key & 0xFFFFFFFF, entry.noise_key >> 32]
         self.noise_keys[slot] = self._tensor([word - (1 << 32) if word >> 31 else word for word in words], torch.int32)

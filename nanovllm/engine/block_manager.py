@@ -89,6 +89,12 @@ class BlockManager:
             matched.append(block)
         return matched
 
+    def can_match_more(self, seq: Sequence, num_matched: int) -> bool:
+        """Whether the block after the first ``num_matched`` ones of ``seq`` seems to be cached; one look-up."""
+        if not self.enable_prefix_caching or num_matched >= (seq.num_tokens - 1) // self.block_size:
+            return False
+        return self._hash(seq, num_matched) in self._published
+
     def num_allocatable_after(self, matched: list[int]) -> int:
         """Blocks left to allocate once the ``matched`` blocks have been taken."""
         return len(self._free) - sum(1 for block in matched if self._ref_counts[block] == 0)

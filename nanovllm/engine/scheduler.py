@@ -48,7 +48,9 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
         self._released: list[int] = []  # slots to name in the next plan
-        self._head_does_not_fit = False  # remembered until somebody gives blocks back, so that it is asked once
+        # The head of the queue that did not fit, and how many blocks it could share: it is not asked again before
+        # somebody gives blocks back, or publishes the next one that it could share.
+        self._refused: tuple[Sequence, int] | None = None
 
     @property
     def has_unfinished(self) -> bool:
@@ -152,7 +154,7 @@ class Scheduler:
         self._in_flight.clear()
         self._released.clear()
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
-        self._head_does_not_fit = False
+        self._refused = None
         self.block_manager.release_everything()
 
     def check_integrity(self) -> None:
@@ -180,12 +182,12 @@ class Scheduler:
             seq = self.waiting[0]
             if seq.num_in_flight:
                 return  # preempted while its next token was being sampled: the device no longer holds it
-            if self._head_does_not_fit:
+            if self._refused is not None and self._refused[0] is seq and not manager.can_match_more(*self._refused):
                 return
             matched = manager.match_prefix(seq)
             needed = manager.blocks_needed(seq.num_tokens) - len(matched) + self._headroom()
             if self.running and needed > manager.num_allocatable_after(matched):
-                self._head_does_not_fit = True
+                self._refused = (seq, len(matched))
                 return
             self.waiting.popleft()
             manager.take_prefix(seq, matched)
@@ -259,7 +261,7 @@ class Scheduler:
 
     def _vacate(self, seq: Sequence) -> None:
         self.block_manager.free(seq)
-        self._head_does_not_fit = False
+        self._refused = None
         self._free_slots.append(seq.slot)
         self._released.append(seq.slot)
         seq.slot = -1

@@ -66,9 +66,12 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Ten
     known = sorted(set(ROPE_INIT_FUNCTIONS) | {"default"})
     if rope.rope_type not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope_type is {rope.rope_type!r}; this transformers knows {', '.join(known)}")
+    # Some checkpoints keep this entry beside the rope parameters; like transformers, prefer it to the one among them.
+    name = "original_max_position_embeddings"
+    beside = {name: config.values[name]} if config.values.get(name) else {}
     limit_name = _LENGTH_DEPENDENT.get(rope.rope_type)
     if limit_name:
-        limit = rope.parameters.get(limit_name, config.max_position_embeddings)
+        limit = {**rope.parameters, **beside}.get(limit_name, config.max_position_embeddings)
         if max_model_len > limit:
             raise ValueError(
                 f"max_model_len is {max_model_len}, but with rope_type {rope.rope_type!r} positions beyond "
@@ -84,6 +87,7 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Ten
             max_position_embeddings=config.max_position_embeddings,
             rope_theta=rope.theta,
             rope_scaling={**rope.parameters, "rope_type": rope.rope_type},
+            **beside,
         )
         frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.rope_type](hf_config, torch.device("cpu"))
     except (KeyError, TypeError) as error:

@@ -52,7 +52,7 @@ def exponential_noise(keys: torch.Tensor, positions: torch.Tensor, words: torch.
         words: int32 [vocab_size], the token ids' words (:func:`token_words`).
 
     Returns:
-        float32 [rows, vocab_size], each in [2^-25, 18].
+        float32 [rows, vocab_size], each in [2^-32, 17].
     """
     first = _mix(positions.to(torch.int32) * _GOLDEN + keys[:, 0])
     second = _mix(first ^ keys[:, 1])
@@ -61,8 +61,10 @@ def exponential_noise(keys: torch.Tensor, positions: torch.Tensor, words: torch.
     bits ^= _shift_right(bits, 16)
     bits *= _MULTIPLIER_A
     bits ^= _shift_right(bits, 15)
-    bits = _shift_right(bits, 8)  # the upper 24 bits: as many as float32 tells apart
-    return bits.to(torch.float32).add_(0.5).mul_(2.0**-24).log_().neg_()
+    # -log(1 - u) with u in (0, 1) from 31 bits. The smallest draws decide who wins, and near 0 float32 tells all of
+    # them apart; the factor keeps 1 - u, which rounds, above 0. No draw is 0 or infinite: that token would always win,
+    # whatever its probability, or never, even if no other is left.
+    return _shift_right(bits, 1).to(torch.float32).add_(0.5).mul_(-(2.0**-31) * (1 - 2.0**-24)).log1p_().neg_()
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ it is fused of them. The model says by what names: ``checkpoint_name -> (paramet
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,9 +53,20 @@ Loader = Callable[[nn.Parameter, TensorSource, str], None]
 def new_parameter(
     shape: tuple[int, ...], dtype: torch.dtype, device: Any, load: Loader, shard_ids: tuple[str, ...] = ("",)
 ) -> nn.Parameter:
-    """An uninitialised parameter that ``load(parameter, source, shard_id)`` fills, one call a shard id."""
+    """An uninitialised parameter that ``load(parameter, source, shard_id)``, a method of its layer, fills.
+
+    It is called once a shard id.
+    """
     parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-    parameter.load = load  # type: ignore[attr-defined]
+    # The parameter must not hold its layer, which holds it: in such a circle the weights outlive the model.
+    method = weakref.WeakMethod(load)
+
+    def load_weakly(parameter: nn.Parameter, source: TensorSource, shard_id: str) -> None:
+        bound = method()
+        assert bound is not None, "the layer is gone"
+        bound(parameter, source, shard_id)
+
+    parameter.load = load_weakly  # type: ignore[attr-defined]
     parameter.shard_ids = shard_ids  # type: ignore[attr-defined]
     return parameter
 

@@ -20,6 +20,7 @@ _OPTIONAL_KEYS = (
     "eos_token_id",
     "head_dim",
     "hidden_act",
+    "layer_types",
     "max_position_embeddings",
     "rms_norm_eps",
     "rope_parameters",
@@ -27,6 +28,7 @@ _OPTIONAL_KEYS = (
     "rope_theta",
     "tie_word_embeddings",
     "torch_dtype",
+    "use_sliding_window",
 )
 
 
@@ -163,12 +165,9 @@ def _check_supported(config: ModelConfig) -> None:
 def _read_rope(values: dict[str, Any], base: RopeConfig) -> RopeConfig:
     """The rope entries of ``values``, in either spelling, over those of ``base``."""
     theta = values.get("rope_theta") or base.theta
-    if "rope_parameters" in values:
-        parameters = values["rope_parameters"]
-    elif "rope_scaling" in values:
-        parameters = values["rope_scaling"]
-    else:
+    if "rope_parameters" not in values and "rope_scaling" not in values:
         return RopeConfig(base.rope_type, float(theta), base.parameters)
+    parameters = values.get("rope_scaling") or values.get("rope_parameters")  # in transformers' order
     if parameters is not None and not isinstance(parameters, dict):
         raise ValueError(f"rope_parameters is {parameters!r}; it must be a dictionary with a rope_type")
     parameters = dict(parameters or {})

@@ -1,0 +1,177 @@
+"""Imports point one way, and the package imports on any machine."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanovllm
+
+PACKAGE = Path(nanovllm.__path__[0])
+
+# What the modules of a part may import of the package, from the top down. A part is a module or a whole folder, the
+# longest name that fits decides, and a folder's modules may import each other.
+UTILS = {"utils", "version"}
+PLAIN = {"sampling_params", "outputs", *UTILS}  # values that every level may see
+MODEL = {"attention", "kernels", "layers", *UTILS}
+MAY_IMPORT: dict[str, set[str]] = {
+    "": {"llm", "config", *PLAIN},  # nanovllm/__init__.py
+    "__main__": {"cli"},
+    "cli": {"", "llm", "demo", "config", *PLAIN},
+    "llm": {"engine.llm_engine", "config", *PLAIN},
+    "demo": set(),
+    "engine": set(),
+    "engine.llm_engine": {
+        "engine.scheduler",
+        "engine.block_manager",
+        "engine.sequence",
+        "engine.step_plan",
+        "engine.model_runner",
+        "engine.workers",
+        "config",
+        *PLAIN,
+    },
+    "engine.scheduler": {"engine.block_manager", "engine.sequence", "engine.step_plan", *PLAIN},
+    "engine.block_manager": {"engine.sequence", *PLAIN},
+    "engine.sequence": PLAIN,
+    "engine.step_plan": PLAIN,
+    "engine.workers": {"engine.model_runner", "engine.step_plan", "config", *PLAIN},
+    "engine.model_runner": {
+        "engine.batch_state",
+        "engine.cuda_graphs",
+        "engine.step_plan",
+        "config",
+        "models",
+        *MODEL,
+    },
+    "engine.cuda_graphs": {"engine.batch_state", "engine.step_plan", "config", *MODEL},
+    "engine.batch_state": {"engine.step_plan", *MODEL, *PLAIN},
+    "models": MODEL,
+    "layers": {"attention", "kernels", *UTILS},
+    "attention": {"kernels", *UTILS},
+    "kernels": UTILS,
+    "config": {"utils"},
+    "sampling_params": {"utils"},
+    "outputs": {"utils"},
+    "utils": {"version"},
+    "version": set(),
+}
+# Imported where they are used, so that the package needs neither.
+OPTIONAL = {"triton": {"kernels"}, "flash_attn": set()}
+
+
+def module_name(path: Path) -> str:
+    """``engine.scheduler`` for ``nanovllm/engine/scheduler.py``; a folder's ``__init__`` is the folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def part_of(module: str) -> str:
+    """The entry of ``MAY_IMPORT`` that a module falls under."""
+    while module not in MAY_IMPORT:
+        assert "." in module, f"say in MAY_IMPORT what {module} may import"
+        module = module.rpartition(".")[0]
+    return module
+
+
+def imports(module: str, *, everywhere: bool = True) -> set[str]:
+    """Absolute names of all that a module imports; not within functions unless ``everywhere``."""
+    path = MODULES[module]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if node in inside and not everywhere:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def internal(module: str) -> set[str]:
+    """Modules of the package that a module imports."""
+    found = set()
+    for name in imports(module):
+        top, _, rest = name.partition(".")
+        if top == "nanovllm":
+            while rest and rest not in MODULES:  # a name within a module
+                rest = rest.rpartition(".")[0]
+            found.add(rest)
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module: str) -> None:
+    part = part_of(module)
+    folder = part if (PACKAGE / part.replace(".", "/")).is_dir() else None
+    for name in internal(module):
+        within = folder not in (None, "") and (name == folder or name.startswith(f"{folder}."))
+        allowed = within or part_of(name) in MAY_IMPORT[part]
+        assert allowed, f"nanovllm.{module} may not import nanovllm.{name}"
+
+
+def test_the_order_of_the_parts_has_no_circle() -> None:
+    above: set[str] = set()
+
+    def visit(part: str) -> None:
+        assert part not in above, f"{part} imports itself by way of {above}"
+        above.add(part)
+        for lower in MAY_IMPORT[part]:
+            visit(lower)
+        above.discard(part)
+
+    for part in MAY_IMPORT:
+        visit(part)
+
+
+@pytest.mark.parametrize("optional", OPTIONAL)
+def test_optional_packages_are_imported_only_where_they_are_used(optional: str) -> None:
+    for module in MODULES:
+        if part_of(module) not in OPTIONAL[optional]:
+            at_import = {name.partition(".")[0] for name in imports(module, everywhere=False)}
+            assert optional not in at_import, f"nanovllm.{module} needs {optional} to be imported"
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_the_package_imports_without_triton_and_flash_attn() -> None:
+    done = run_python(
+        "import sys\n"
+        "sys.modules['triton'] = sys.modules['flash_attn'] = None  # importing either raises ImportError\n"
+        "import nanovllm\n"
+        "nanovllm.LLM, nanovllm.SamplingParams\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_scheduling_runs_where_there_is_no_torch() -> None:
+    done = run_python(
+        "import sys, types\n"
+        "for name in ('torch', 'numpy', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "package = types.ModuleType('nanovllm')  # its __init__ imports the model too\n"
+        f"package.__path__ = [{str(PACKAGE)!r}]\n"
+        "sys.modules['nanovllm'] = package\n"
+        "from nanovllm.engine import block_manager, scheduler, sequence, step_plan\n"
+        "from nanovllm.sampling_params import SamplingParams\n"
+        "queue = scheduler.Scheduler(block_manager.BlockManager(4, 4), 2, 8)\n"
+        "queue.add(sequence.Sequence('a', 0, [1, 2, 3], SamplingParams(), max_output_tokens=2))\n"
+        "while queue.has_unfinished:\n"
+        "    queue.update(queue.schedule(), [5])\n"
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,569 @@
+"""Whatever a caller does, the engine says what is wrong, loses nothing and stays usable."""
+
+import functools
+import gc
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.utils import progress
+from tests.checkpoints import reference_greedy
+from tests.simulation import interrupt_at_lines
+
+Reference = Callable[[list[int], int], list[int]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Products this small only lose by being shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_reference: Any) -> Reference:
+    """transformers' greedy continuation of a prompt."""
+
+    @functools.cache
+    def greedy_of(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+        return reference_greedy(tiny_reference, list(prompt), num_tokens)
+
+    return lambda prompt, num_tokens: greedy_of(tuple(prompt), num_tokens)
+
+
+@pytest.fixture(scope="module")
+def shared_llm(tiny_checkpoint: Path) -> LLM:
+    """For tests that leave the engine as it was."""
+    return make_llm(tiny_checkpoint)
+
+
+def make_llm(checkpoint: Path, **changes: Any) -> LLM:
+    arguments = {"skip_tokenizer_init": True, "device": "cpu", "kvcache_block_size": 4, "num_kvcache_blocks": 256}
+    return LLM(checkpoint, **{**arguments, **changes})
+
+
+def greedy(max_tokens: int = 8) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def make_prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(211), k=length)
+
+
+def generate(llm: LLM, prompts: list[list[int]], params: Any = None) -> list[list[int]]:
+    """The tokens generated for each prompt."""
+    return [output["token_ids"] for output in llm.generate(prompts, params or greedy(), use_tqdm=False)]
+
+
+def assert_empty(llm: LLM) -> None:
+    """Nothing is left in the engine."""
+    llm.engine.scheduler.check_integrity()
+    assert not llm.engine.has_unfinished_requests
+    assert not llm.engine.scheduler.has_unfinished
+    assert llm.get_metrics()["kvcache_blocks_used"] == 0
+
+
+# Requests that cannot be served
+
+
+def test_a_request_that_outgrows_the_cache_is_refused_with_the_numbers(tiny_checkpoint: Path) -> None:
+    llm = make_llm(
+        tiny_checkpoint,
+        kvcache_block_size=256,
+        num_kvcache_blocks=2,
+        hf_overrides={"max_position_embeddings": 1024},
+    )
+    with pytest.raises(ValueError, match=r"500 tokens and may generate 64.* 3 KV blocks of 256 tokens.* has 2 "):
+        generate(llm, [make_prompt(500)], greedy(64))
+    assert len(generate(llm, [make_prompt(500)], greedy(13))[0]) == 13  # 512 tokens and one whose KV is not needed
+
+
+def test_one_impossible_request_is_named_before_any_of_its_batch_starts(
+    tiny_checkpoint: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(tiny_checkpoint, num_kvcache_blocks=8)
+    good = [make_prompt(5, seed) for seed in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "step", lambda: pytest.fail("work was started"))
+        with pytest.raises(ValueError, match="prompt 3 has 40 tokens"):
+            generate(llm, [*good, make_prompt(40)])
+    assert_empty(llm)
+    assert generate(llm, good) == [reference(prompt, 8) for prompt in good]
+
+
+def test_refusing_a_request_loses_no_result_of_those_queued_before_it(
+    tiny_checkpoint: Path, reference: Reference
+) -> None:
+    engine = make_llm(tiny_checkpoint, num_kvcache_blocks=8).engine
+    good = {engine.add_request(make_prompt(5, seed), greedy()): make_prompt(5, seed) for seed in range(3)}
+    with pytest.raises(ValueError, match="40 tokens"):
+        engine.add_request(make_prompt(40), greedy())
+    finished = finish(engine)
+    assert {output.request_id: output["token_ids"] for output in finished} == {
+        request_id: reference(prompt, 8) for request_id, prompt in good.items()
+    }
+
+
+def finish(engine: LLMEngine) -> list[RequestOutput]:
+    """Step until nothing is left."""
+    finished: list[RequestOutput] = []
+    while engine.has_unfinished_requests:
+        finished += engine.step()
+    return finished
+
+
+def test_no_prompts_give_no_outputs(shared_llm: LLM) -> None:
+    assert shared_llm.generate([], greedy()) == []
+    assert shared_llm.generate([], []) == []
+
+
+def test_an_empty_prompt_is_refused_by_name(shared_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(shared_llm, [[1, 2], []])
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        generate(shared_llm, [[]])
+    monkeypatch.setattr(shared_llm.engine, "tokenizer", lambda texts, **_: {"input_ids": [[] for _ in texts]})
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        shared_llm.generate("", greedy(), use_tqdm=False)
+    assert_empty(shared_llm)
+
+
+@pytest.mark.parametrize(("max_tokens", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError)])
+def test_max_tokens_must_be_a_positive_whole_number(max_tokens: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"max_tokens is {max_tokens}.* whole number of at least 1"):
+        SamplingParams(max_tokens=max_tokens)
+
+
+def test_a_prompt_that_fills_the_context_is_refused(tiny_checkpoint: Path) -> None:
+    llm = make_llm(tiny_checkpoint, max_model_len=32)
+    for length in (32, 33):
+        with pytest.raises(ValueError, match=f"the prompt has {length} tokens; max_model_len is 32"):
+            generate(llm, [make_prompt(length)])
+
+
+def test_a_completion_ends_where_the_context_ends(tiny_checkpoint: Path, reference: Reference) -> None:
+    llm = make_llm(tiny_checkpoint, max_model_len=32)
+    for length, expected in [(31, 1), (20, 12)]:
+        [output] = llm.generate(make_prompt(length), greedy(64), use_tqdm=False)
+        assert output["token_ids"] == reference(make_prompt(length), expected)
+        assert output.outputs[0].finish_reason == "length"
+
+
+def test_a_prompt_without_max_tokens_takes_what_the_cache_holds(tiny_checkpoint: Path) -> None:
+    llm = make_llm(tiny_checkpoint, num_kvcache_blocks=5)
+    assert len(generate(llm, [make_prompt(11)], SamplingParams(max_tokens=None, ignore_eos=True))[0]) == 10
+
+
+def test_there_must_be_one_sampling_params_for_each_prompt(shared_llm: LLM) -> None:
+    with pytest.raises(ValueError, match="3 prompts and 2 sampling_params"):
+        generate(shared_llm, [[1], [2], [3]], [greedy(), greedy()])
+    assert [len(ids) for ids in generate(shared_llm, [[1], [2]], [greedy(2), greedy(3)])] == [2, 3]
+
+
+def test_a_misspelt_keyword_is_answered_with_the_right_one(tiny_checkpoint: Path) -> None:
+    with pytest.raises(TypeError, match=r"'max_num_seq'.* did you mean 'max_num_seqs'"):
+        make_llm(tiny_checkpoint, max_num_seq=4)
+    with pytest.raises(TypeError, match="max_token"):
+        SamplingParams(max_token=4)  # type: ignore[call-arg]
+
+
+# Scheduling, through the whole engine
+
+
+@pytest.mark.parametrize("cap", [12, 100, 200, 300])
+def test_any_number_of_residents_will_do(tiny_checkpoint: Path, reference: Reference, cap: int) -> None:
+    llm = make_llm(tiny_checkpoint, max_num_seqs=cap, num_kvcache_blocks=2 * cap)
+    prompts = [make_prompt(1 + number % 4, number) for number in range(cap + 3)]
+    outputs = generate(llm, prompts, greedy(3))
+    assert [len(ids) for ids in outputs] == [3] * len(prompts)
+    for number in (0, cap - 1, cap, cap + 2):
+        assert outputs[number] == reference(prompts[number], 3)
+
+
+def test_no_more_than_max_num_seqs_are_ever_resident(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm(tiny_checkpoint, max_num_seqs=4)
+    residents = []
+    schedule = Scheduler.schedule
+
+    def spy(scheduler: Scheduler) -> Any:
+        plan = schedule(scheduler)
+        residents.append(len(scheduler.running))
+        return plan
+
+    monkeypatch.setattr(Scheduler, "schedule", spy)
+    outputs = llm.generate(
+        [make_prompt(5, seed) for seed in range(64)],
+        [greedy(1 + number % 6) for number in range(64)],
+        use_tqdm=False,
+    )
+    assert max(residents) == 4
+    first_tokens = [output.metrics.first_token_time for output in outputs if output.metrics]
+    assert first_tokens == sorted(first_tokens)  # the last ones waited their turn, and no longer
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_a_sequence_grows_across_many_blocks(tiny_checkpoint: Path, reference: Reference, block_size: int) -> None:
+    llm = make_llm(tiny_checkpoint, kvcache_block_size=block_size, num_kvcache_blocks=96)
+    assert generate(llm, [make_prompt(2)], greedy(90)) == [reference(make_prompt(2), 90)]
+
+
+def test_duplicates_and_shared_prefixes_in_one_batch(tiny_checkpoint: Path, reference: Reference) -> None:
+    llm = make_llm(tiny_checkpoint)
+    start = make_prompt(16)
+    prompts = [start, start, [*start, 1], [*start, 1], start[:8], [*start[:8], 7], [*start, *start]]
+    expected = [reference(prompt, 8) for prompt in prompts]
+    assert generate(llm, prompts) == expected
+    assert generate(llm, prompts) == expected  # now all of them are cached
+    assert llm.get_metrics()["cached_tokens"] > 0
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_a_fully_cached_prompt_of_full_blocks(tiny_checkpoint: Path, reference: Reference, block_size: int) -> None:
+    llm = make_llm(tiny_checkpoint, kvcache_block_size=block_size, num_kvcache_blocks=64)
+    prompt = make_prompt(32)
+    for cached in (0, 32 - block_size):
+        [output] = llm.generate(prompt, greedy(), use_tqdm=False)
+        assert output.num_cached_tokens == cached
+        assert output["token_ids"] == reference(prompt, 8)
+
+
+def test_a_preempted_sequence_resumes_on_a_prefix_hit(
+    tiny_checkpoint: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(tiny_checkpoint, num_kvcache_blocks=24)
+    taken: list[tuple[str, int]] = []
+    take_prefix = BlockManager.take_prefix
+
+    def spy(manager: BlockManager, seq: Any, matched: list[int]) -> None:
+        taken.append((seq.request_id, len(matched)))
+        take_prefix(manager, seq, matched)
+
+    monkeypatch.setattr(BlockManager, "take_prefix", spy)
+    prompts = [make_prompt(8, seed) for seed in range(2)]
+    outputs = llm.generate(prompts, greedy(60), use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == [reference(prompt, 60) for prompt in prompts]
+    assert llm.get_metrics()["num_preemptions"] > 0
+    assert any(request_id == "1" and num_blocks > 2 for request_id, num_blocks in taken)
+    assert outputs[1].num_cached_tokens == 0  # of its prompt, when it came
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_a_prompt_longer_than_a_step(tiny_checkpoint: Path, reference: Reference, budget: int) -> None:
+    llm = make_llm(tiny_checkpoint, max_num_batched_tokens=budget)
+    prompts = [make_prompt(30), make_prompt(65, seed=1)]
+    assert generate(llm, prompts, greedy(4)) == [reference(prompt, 4) for prompt in prompts]
+
+
+def test_reused_blocks_are_not_mistaken_for_what_they_held(tiny_checkpoint: Path, reference: Reference) -> None:
+    llm = make_llm(tiny_checkpoint, num_kvcache_blocks=3)
+    prompts = [make_prompt(8, seed) for seed in range(3)]
+    for prompt in [*prompts, *prompts]:
+        assert generate(llm, [prompt], greedy(4)) == [reference(prompt, 4)]
+
+
+def test_an_abort_at_any_time_leaves_the_others_alone(tiny_checkpoint: Path, reference: Reference) -> None:
+    llm = make_llm(tiny_checkpoint, max_num_seqs=2)
+    prompts = [make_prompt(5, seed) for seed in range(3)]
+    for num_steps in range(7):
+        for victim in range(3):
+            ids = [llm.engine.add_request(prompt, greedy(3)) for prompt in prompts]
+            finished = [output for _ in range(num_steps) for output in llm.engine.step()]
+            aborted = llm.engine.abort(ids[victim])
+            assert llm.engine.abort(ids[victim]) is None
+            finished += finish(llm.engine)
+            if aborted is not None:
+                assert aborted.outputs[0].finish_reason == "abort"
+                finished.append(aborted)
+            assert sorted(output.request_id for output in finished) == sorted(ids)
+            for output in finished:
+                expected = reference(prompts[ids.index(output.request_id)], 3)
+                assert output["token_ids"] == expected[: len(output["token_ids"])]
+                assert output is aborted or len(output["token_ids"]) == 3
+            assert_empty(llm)
+
+
+# The same request gives the same tokens
+
+
+def test_a_seeded_request_gives_the_same_tokens_however_it_is_scheduled(tiny_checkpoint: Path) -> None:
+    prompt, params = make_prompt(13), SamplingParams(temperature=1.0, seed=7, max_tokens=24, ignore_eos=True)
+    [alone] = generate(make_llm(tiny_checkpoint), [prompt], params)
+    other = SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True)
+
+    def in_a_batch(llm: LLM, place: int, num_requests: int) -> RequestOutput:
+        prompts = [make_prompt(1 + seed % 17, seed + 100) for seed in range(num_requests)]
+        chosen = [other] * num_requests
+        prompts[place], chosen[place] = prompt, params
+        return llm.generate(prompts, chosen, use_tqdm=False)[place]
+
+    llm = make_llm(tiny_checkpoint, num_kvcache_blocks=2048)
+    for place in (0, 31, 63):
+        assert in_a_batch(llm, place, 64)["token_ids"] == alone
+    [hit] = llm.generate([prompt], params, use_tqdm=False)
+    assert hit.num_cached_tokens == 12
+    assert hit["token_ids"] == alone
+    assert generate(make_llm(tiny_checkpoint, max_num_batched_tokens=5), [prompt], params) == [alone]
+    crowded = in_a_batch(make_llm(tiny_checkpoint, num_kvcache_blocks=13), 1, 2)
+    assert crowded.metrics is not None
+    assert crowded.metrics.num_preemptions > 0
+    assert crowded["token_ids"] == alone
+
+
+def test_unseeded_requests_repeat_with_the_engine_and_differ_among_themselves(tiny_checkpoint: Path) -> None:
+    def sample(seed: int) -> list[list[int]]:
+        params = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
+        return generate(make_llm(tiny_checkpoint, seed=seed), [make_prompt(5)] * 3, params)
+
+    first = sample(0)
+    assert first == sample(0)
+    assert first != sample(1)
+    assert len({tuple(ids) for ids in first}) == 3
+
+
+# Ends of sequences
+
+
+def test_every_eos_id_of_the_generation_config_ends_a_sequence(
+    tiny_checkpoint: Path, reference: Reference, tmp_path: Path
+) -> None:
+    prompts = [make_prompt(6, seed) for seed in range(2)]
+    full = [reference(prompt, 12) for prompt in prompts]
+    ends = [full[0][4], full[1][6]]
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "two ends"))
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    llm = make_llm(checkpoint)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False)
+    for output, tokens in zip(outputs, full, strict=True):
+        length = min(tokens.index(end) for end in ends if end in tokens) + 1
+        assert output["token_ids"] == tokens[:length]
+        completion = output.outputs[0]
+        assert completion.finish_reason == "stop"
+        assert completion.stop_reason == (None if tokens[length - 1] == ends[0] else tokens[length - 1])
+    assert {output["token_ids"][-1] for output in outputs} == set(ends)
+    assert generate(llm, prompts, greedy(12)) == full  # ignore_eos
+
+
+# Failures in the middle
+
+
+class FailingCall:
+    """Lets a method raise at its n-th call, before or after it has done its work."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        self.num_calls = 0
+        self.fail_at: int | None = None
+        self.error: type[BaseException] = RuntimeError
+        self.after = False
+        method = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.num_calls += 1
+            failing = self.num_calls == self.fail_at
+            if failing and not self.after:
+                raise self.error
+            result = method(*args, **kwargs)
+            if failing:
+                raise self.error
+            return result
+
+        patch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (LLMEngine, "add_prepared"),
+        (Scheduler, "schedule"),
+        (Scheduler, "update"),
+        (Scheduler, "finish"),
+        (BlockManager, "match_prefix"),
+        (BlockManager, "take_prefix"),
+        (BlockManager, "allocate"),
+        (BlockManager, "publish"),
+        (BlockManager, "free"),
+        (ModelRunner, "execute"),
+    ],
+)
+def test_after_a_failure_or_an_interrupt_the_next_call_is_right(
+    tiny_checkpoint: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    llm = make_llm(tiny_checkpoint, num_kvcache_blocks=9, max_num_seqs=3, max_num_batched_tokens=16)
+    prompts = [[*make_prompt(8), number] for number in range(4)]
+    expected = [reference(prompt, 6) for prompt in prompts]
+    call = FailingCall(monkeypatch, owner, name)
+    assert generate(llm, prompts, greedy(6)) == expected
+    num_calls = call.num_calls
+    assert num_calls > 3
+    for number, fail_at in enumerate(range(1, num_calls, -(-num_calls // 6))):
+        call.error = (RuntimeError, KeyboardInterrupt)[number % 2]
+        for call.after in (False, True):
+            call.num_calls, call.fail_at = 0, fail_at
+            with pytest.raises(call.error):
+                generate(llm, [*prompts, make_prompt(5, seed=9)], greedy(6))
+            call.fail_at = None
+            assert_empty(llm)
+            assert generate(llm, prompts, greedy(6)) == expected
+
+
+def test_after_an_interrupt_at_any_line_the_next_call_is_right(tiny_checkpoint: Path, reference: Reference) -> None:
+    llm = make_llm(tiny_checkpoint, num_kvcache_blocks=6, max_num_seqs=2, max_num_batched_tokens=8)
+    prompts = [[*make_prompt(8), number] for number in range(3)]
+    expected = [reference(prompt, 6) for prompt in prompts]
+    num_interrupts = 0
+    for place in interrupt_at_lines(lambda: lambda: generate(llm, prompts[::-1], greedy(6)), every=9):
+        assert_empty(llm)
+        assert generate(llm, prompts, greedy(6)) == expected, place
+        num_interrupts += 1
+    assert num_interrupts > 30
+
+
+def test_a_failing_step_leaves_an_engine_that_takes_new_requests(
+    tiny_checkpoint: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(tiny_checkpoint)
+    call = FailingCall(monkeypatch, ModelRunner, "execute")
+    call.fail_at = 2
+    llm.engine.add_request(make_prompt(5), greedy())
+    with pytest.raises(RuntimeError):
+        finish(llm.engine)
+    assert_empty(llm)
+    llm.engine.add_request(make_prompt(6), greedy())
+    assert [output["token_ids"] for output in finish(llm.engine)] == [reference(make_prompt(6), 8)]
+
+
+# Lifetimes
+
+
+def test_two_engines_work_side_by_side_step_by_step(tiny_checkpoint: Path, reference: Reference) -> None:
+    engines = [
+        make_llm(tiny_checkpoint).engine,
+        make_llm(tiny_checkpoint, kvcache_block_size=16, num_kvcache_blocks=8, max_num_batched_tokens=5).engine,
+    ]
+    prompts = [[make_prompt(9, seed) for seed in (which, which + 10)] for which in range(2)]
+    for engine, own in zip(engines, prompts, strict=True):
+        for prompt in own:
+            engine.add_request(prompt, greedy())
+    finished: list[list[RequestOutput]] = [[], []]
+    while any(engine.has_unfinished_requests for engine in engines):
+        for outputs, engine in zip(finished, engines, strict=True):
+            outputs += engine.step()
+    for outputs, own in zip(finished, prompts, strict=True):
+        by_id = {output.request_id: output["token_ids"] for output in outputs}
+        assert [by_id["0"], by_id["1"]] == [reference(prompt, 8) for prompt in own]
+
+
+@pytest.mark.parametrize("ending", ["del", "close", "with"])
+def test_an_llm_that_is_let_go_gives_its_memory_back_at_once(tiny_checkpoint: Path, ending: str) -> None:
+    resident = psutil.Process().memory_info
+    llm = make_llm(tiny_checkpoint, kvcache_block_size=16, num_kvcache_blocks=8192)
+    generate(llm, [make_prompt(5)])
+    runner = llm.engine.runner
+    cache = runner.attention.kv_cache()
+    size = llm.get_metrics()["kvcache_bytes"]
+    assert size > 150 * 2**20
+    refs = [weakref.ref(item) for item in (llm.engine, runner, cache, runner.batch_state, *runner.model.parameters())]
+    gc.collect()
+    gc.disable()  # the garbage collector must not be needed
+    try:
+        cache.fill_(1)
+        before = resident().rss
+        del runner, cache
+        if ending == "del":
+            del llm
+        elif ending == "close":
+            llm.close()
+        else:
+            with llm:
+                pass
+        alive = [ref() for ref in refs if ref() is not None]
+    finally:
+        gc.enable()
+    assert alive == []
+    assert resident().rss < before - 0.9 * size
+
+
+def test_closing_twice_is_harmless_and_a_closed_llm_says_so(tiny_checkpoint: Path) -> None:
+    with make_llm(tiny_checkpoint) as llm:
+        generate(llm, [[1]], greedy(1))
+    llm.close()
+    llm.close()
+    for use in (lambda: generate(llm, [[1]]), llm.get_metrics, llm.get_tokenizer, llm.reset_prefix_cache):
+        with pytest.raises(RuntimeError, match="this LLM is closed"):
+            use()
+
+
+# What is shown
+
+
+class Screen(io.StringIO):
+    """A terminal that counts how often a line is drawn anew."""
+
+    num_redraws = 0
+
+    def write(self, text: str) -> int:
+        self.num_redraws += text.count("\r")
+        return super().write(text)
+
+
+def test_the_progress_bar_is_drawn_ten_times_a_second_at_most(shared_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.002  # a step
+        return now[0]
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    shared_llm.generate([[1], [2]], greedy(300))
+    assert now[0] > 0.5
+    assert "tok/s" in screen.getvalue()
+    assert 4 <= screen.num_redraws <= 10 * now[0] + 4  # and when it appears and when it ends
+    assert "2/2" in screen.getvalue()
+
+
+def test_without_a_progress_bar_nothing_is_shown(shared_llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+    shared_llm.generate([[1]], greedy(2), use_tqdm=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("level", [None, "DEBUG"])
+def test_the_log_is_silent_unless_asked_and_then_shows_each_plan(tiny_checkpoint: Path, level: str | None) -> None:
+    code = (
+        "from nanovllm import LLM, SamplingParams\n"
+        f"llm = LLM({str(tiny_checkpoint)!r}, skip_tokenizer_init=True, device='cpu', num_kvcache_blocks=8)\n"
+        "llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "NANOVLLM_LOG_LEVEL"}
+    if level is not None:
+        environment["NANOVLLM_LOG_LEVEL"] = level
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if "nanovllm" in line]
+    if level is None:
+        assert lines == []
+    else:
+        assert any("attention backend" in line for line in lines)
+        assert sum("3 tokens of 1 sequences" in line for line in lines) == 1
+        assert sum("1 tokens of 1 sequences" in line for line in lines) == 1
