@@ -28,7 +28,7 @@ class LLM:
         tensor_parallel_size: Ranks that share the model.
         max_model_len: Most tokens of a sequence, prompt and output together; by default the model's, at most 4096.
         max_num_seqs: Most sequences resident at once.
-        max_num_batched_tokens: Most tokens one step computes.
+        max_num_batched_tokens: Most tokens one step computes; on the CPU at most 512, which is faster there.
         gpu_memory_utilization: Share of a CUDA device's memory to use.
         enforce_eager: Never capture CUDA graphs.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.

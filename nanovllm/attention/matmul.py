@@ -21,7 +21,7 @@ from nanovllm.attention.base import AttentionBackend, AttentionMetadata, Attenti
 # float32 scores that exist at a time in a prefill (64 MiB): longer prompts attend in slices of their queries.
 MAX_SCORES = 1 << 24
 # Decode rows share a batch while the shortest context is at least this share of the longest, which pads it.
-MIN_FILL = 0.6
+MIN_FILL = 0.8
 
 
 class MatmulAttention(AttentionBackend):

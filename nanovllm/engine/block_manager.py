@@ -207,5 +207,3 @@ class BlockManager:
         if content is not None:
             self._contents[block] = None
             del self._published[content.key]
-            if block in self._free:
-                self._free.move_to_end(block, last=False)

@@ -84,7 +84,7 @@ class LLMEngine:
         block_manager = BlockManager(
             self.runner.num_kvcache_blocks, self.runner.block_size, config.enable_prefix_caching
         )
-        self.scheduler = Scheduler(block_manager, self.runner.num_slots, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(block_manager, self.runner.num_slots, self.runner.max_step_tokens)
         self.default_params = SamplingParams.from_generation_config(self.model_config.generation_config)
         self.counters = _Counters()
         self._requests: dict[str, tuple[str | None, Sequence]] = {}
