@@ -98,7 +98,20 @@ class EngineConfig:
                 f"model is {model!r} ({type(model).__name__}); it must be the path of a checkpoint directory"
             )
         if arguments.get("tokenizer") is not None:
-            arguments["tokenizer"] = os.fspath(arguments["tokenizer"])
+            tokenizer = arguments["tokenizer"]
+            if not isinstance(tokenizer, (str, os.PathLike)):
+                raise TypeError(
+                    f"tokenizer is {tokenizer!r} ({type(tokenizer).__name__}); it must be the path of a directory"
+                )
+            arguments["tokenizer"] = os.path.expanduser(os.fspath(tokenizer))
+        arguments["dtype"] = _dtype_name(arguments.get("dtype", "auto"))
         if arguments.get("hf_overrides", {}) is None:
             arguments["hf_overrides"] = {}
         return cls(model=os.path.expanduser(os.fspath(model)), **arguments)
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """The name of a dtype that was given as torch's, or by one of its other names."""
+    name = str(dtype).removeprefix("torch.")
+    name = {"half": "float16", "float": "float32"}.get(name, name)
+    return name if name in DTYPES else dtype

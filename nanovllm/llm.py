@@ -2,11 +2,12 @@
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.prompts import Prompt, as_prompt_list
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.progress import ProgressBar
@@ -121,7 +122,7 @@ class LLM:
             ValueError: A prompt is empty or does not fit, or there are not as many parameters as prompts.
         """
         engine = self.engine
-        prompt_list = _as_prompt_list(prompts)
+        prompt_list = as_prompt_list(prompts)
         if isinstance(sampling_params, (SamplingParams, type(None))):
             params: list[SamplingParams | None] = [sampling_params] * len(prompt_list)
         elif isinstance(sampling_params, Sequence) and not isinstance(sampling_params, (str, bytes)):
@@ -165,16 +166,22 @@ class LLM:
 
         Returns:
             device, dtype, attention_backend; startup_seconds; num_kvcache_blocks, kvcache_block_size (tokens),
-            kvcache_bytes, kvcache_blocks_used, peak_kvcache_blocks_used; prefill_tokens (prompt tokens computed) and
-            prefill_seconds (of steps that computed any), decode_tokens (tokens sampled) and decode_seconds (of steps
-            that only decoded); prompt_tokens, cached_tokens and finished_requests of the requests that ended;
-            num_preemptions.
+            kvcache_bytes, kvcache_blocks_used, peak_kvcache_blocks_used; output_tokens (sampled); prefill_tokens
+            (computed of prompts, and of outputs again after a preemption) and prefill_seconds (of steps that computed
+            any); decode_tokens and decode_seconds (of steps that only decoded); prompt_tokens, cached_tokens and
+            finished_requests of the requests that ended; num_preemptions.
         """
         return self.engine.metrics()
 
     def close(self) -> None:
-        """Free the model and its KV cache. The LLM cannot be used afterwards; closing it twice does nothing."""
-        self._engine = None
+        """Free the model and its KV cache. The LLM cannot be used afterwards; closing it twice does nothing.
+
+        Waits for a call to generate in another thread.
+        """
+        with self._lock:
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -192,19 +199,3 @@ class LLM:
                 outputs.update((output.request_id, output) for output in finished)
                 bar.update(len(finished))
         return outputs
-
-
-def _as_prompt_list(prompts: Any) -> list[Any]:
-    """One prompt or many -> a list of prompts."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    tolist = getattr(prompts, "tolist", None)
-    if tolist is not None:
-        prompts = tolist()  # a numpy array or tensor of token ids
-    if not isinstance(prompts, Sequence):
-        raise TypeError(
-            f"prompts is a {type(prompts).__name__}; pass a string, a list of token ids, or a list of prompts"
-        )
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [list(prompts)]
-    return list(prompts)

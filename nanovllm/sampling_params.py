@@ -20,8 +20,8 @@ class SamplingParams:
         max_tokens: Most tokens to generate; ``None`` means as many as the context and the KV cache hold. A
             request also ends at ``max_model_len``.
         ignore_eos: Generate past the end-of-sequence tokens.
-        seed: Makes the request's tokens repeatable, whatever else runs beside it. ``None`` derives the noise from
-            the engine's seed and the request's number.
+        seed: Makes the request's sampling noise repeatable, whatever else runs beside it. ``None`` derives
+            the noise from the engine's seed and the request's number.
 
     Raises:
         TypeError: A field has the wrong type.

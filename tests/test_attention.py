@@ -1,7 +1,6 @@
 """Attention backends against a naive float64 reference: every shape, every mixture of rows, any state of the cache."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS, AttentionBackend, AttentionSpec, matmul, select_backend
 from nanovllm.attention.base import AttentionMetadata
+from tests.threads import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(
@@ -26,15 +26,6 @@ every_backend = pytest.mark.parametrize("name", BACKENDS_HERE)
 
 # The same examples in every run, and no limits of time: the machine may be busy.
 examples = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products this small are slower on several threads, and far slower where other work keeps the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -230,6 +221,20 @@ class TestAgainstTheNaiveReference:
         assert error.max() < 32 * torch.finfo(dtype).eps
         assert error.mean() < 2 * torch.finfo(dtype).eps
 
+    @every_backend
+    def test_float16_scores_beyond_its_largest_number(self, name: str) -> None:
+        """Products of 65,504 and more are harmless once they are divided by the root of head_dim."""
+        case = Case(1, 2, 64, 16, (Row(20, 1), Row(0, 9)))
+        if BACKENDS[name].why_not(case.spec(dtype=torch.float16)):
+            pytest.skip(f"{name} does not serve float16")
+        simulation = Simulation(case, name, dtype=torch.float16)
+        for tensors in (simulation.q, simulation.k):
+            for tensor in tensors:
+                tensor.fill_(40.0)
+        simulation.compute_history()
+        out = simulation.compute_queries()
+        torch.testing.assert_close(out.double(), simulation.expected(), rtol=5e-3, atol=5e-3)
+
 
 class TestCache:
     """Only what a sequence wrote is read, and only its own places are written."""
@@ -321,6 +326,17 @@ class TestCost:
         one_query = 8 * context
         keys_and_inputs = 2 * 68 * 2 * 8 + 68 * 8 * 8
         assert largest.elements <= max(max_scores, one_query, keys_and_inputs)
+
+    @pytest.mark.parametrize("max_gathered", [1, 2000, 5000])
+    def test_many_decode_rows_gather_a_few_at_a_time(self, monkeypatch: pytest.MonkeyPatch, max_gathered: int) -> None:
+        monkeypatch.setattr(matmul, "MAX_GATHERED", max_gathered)
+        rows = tuple(Row(history, 1) for history in (30, 31, 17, 1, 60, 64, 33, 2))
+        simulation = Simulation(Case(num_kv_heads=2, group=4, head_dim=8, block_size=4, rows=rows), "matmul")
+        simulation.compute_history()
+        with LargestTensor() as largest:
+            assert_close(simulation.compute_queries(), simulation.expected())
+        one_row = 2 * 68 * 8
+        assert largest.elements <= max(1.25 * max_gathered, one_row)  # with the blocks' last places
 
     @examples
     @given(contexts=st.lists(st.integers(2, 3000), min_size=1, max_size=40), block_size=st.sampled_from([1, 16, 256]))

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"llm", "config", *PLAIN},  # nanovllm/__init__.py
     "__main__": {"cli"},
     "cli": {"", "llm", "demo", "config", *PLAIN},
-    "llm": {"engine.llm_engine", "config", *PLAIN},
+    "llm": {"engine.llm_engine", "engine.prompts", "config", *PLAIN},
     "demo": set(),
     "engine": set(),
     "engine.llm_engine": {
@@ -28,11 +28,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.block_manager",
         "engine.sequence",
         "engine.step_plan",
+        "engine.prompts",
         "engine.model_runner",
         "engine.workers",
+        "models",  # the names of the architectures
         "config",
         *PLAIN,
     },
+    "engine.prompts": PLAIN,
     "engine.scheduler": {"engine.block_manager", "engine.sequence", "engine.step_plan", *PLAIN},
     "engine.block_manager": {"engine.sequence", *PLAIN},
     "engine.sequence": PLAIN,

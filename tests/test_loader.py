@@ -19,6 +19,7 @@ from nanovllm.utils import loader
 from nanovllm.utils.model_config import load_model_config
 from nanovllm.utils.random_checkpoint import write_random_checkpoint
 from tests.checkpoints import load_reference, make_model, reference_greedy, reference_logits, write_checkpoint
+from tests.threads import one_thread  # noqa: F401
 
 PROMPT = [3, 141, 59, 26, 53, 58]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -66,15 +67,6 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) ->
     tensors = load_file(path / "model.safetensors")
     edit(tensors)
     save_file(tensors, path / "model.safetensors")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Products this small are slower on several threads, and far slower where other work keeps the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

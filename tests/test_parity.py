@@ -18,6 +18,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS, AttentionSpec
 from nanovllm.engine.llm_engine import noise_key
 from tests.checkpoints import BASE, load_reference, write_checkpoint
+from tests.threads import one_thread  # noqa: F401
 
 NEW_TOKENS = 12
 MORE_NEW_TOKENS = 24  # more than the growth that is reserved for a sequence when it is let in
@@ -120,15 +121,6 @@ def greedy_continuations(model: Any, prompts: dict[str, list[int]]) -> dict[str,
 def teacher_forced_logits(model: Any, prompt: list[int], output: list[int]) -> torch.Tensor:
     """The model's logits for each token of ``output``: float32 [len(output), vocab_size]."""
     return model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].float()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products this small are slower on several threads, and far slower where other work keeps the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=list(CONFIGURATIONS))

@@ -6,18 +6,18 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -27,17 +27,9 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils import progress
 from tests.checkpoints import reference_greedy
 from tests.simulation import interrupt_at_lines
+from tests.threads import one_thread  # noqa: F401
 
 Reference = Callable[[list[int], int], list[int]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Products this small only lose by being shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -451,6 +443,14 @@ def test_a_failing_step_leaves_an_engine_that_takes_new_requests(
     assert [output["token_ids"] for output in finish(llm.engine)] == [reference(make_prompt(6), 8)]
 
 
+def test_generate_does_not_mix_with_requests_that_were_added_by_hand(shared_llm: LLM) -> None:
+    request_id = shared_llm.engine.add_request([1, 2], greedy())
+    with pytest.raises(RuntimeError, match="1 requests are still in the engine"):
+        generate(shared_llm, [[3]])
+    assert shared_llm.engine.abort(request_id) is not None
+    assert_empty(shared_llm)
+
+
 # Lifetimes
 
 
@@ -499,7 +499,8 @@ def test_an_llm_that_is_let_go_gives_its_memory_back_at_once(tiny_checkpoint: Pa
     finally:
         gc.enable()
     assert alive == []
-    assert resident().rss < before - 0.9 * size
+    if sys.platform == "linux":  # elsewhere the allocator may keep what was freed
+        assert resident().rss < before - 0.9 * size
 
 
 def test_closing_twice_is_harmless_and_a_closed_llm_says_so(tiny_checkpoint: Path) -> None:
@@ -512,7 +513,7 @@ def test_closing_twice_is_harmless_and_a_closed_llm_says_so(tiny_checkpoint: Pat
             use()
 
 
-# What is shown
+# What is shown, and what is said
 
 
 class Screen(io.StringIO):
@@ -567,3 +568,19 @@ def test_the_log_is_silent_unless_asked_and_then_shows_each_plan(tiny_checkpoint
         assert any("attention backend" in line for line in lines)
         assert sum("3 tokens of 1 sequences" in line for line in lines) == 1
         assert sum("1 tokens of 1 sequences" in line for line in lines) == 1
+
+
+def test_the_table_of_known_defects_names_tests_that_exist() -> None:
+    folder = Path(__file__).parent
+    sources = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    named = 0
+    for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
+        file = ""
+        for name in re.findall(r"`(\w+(?:\.py)?)`", line):
+            if name.endswith(".py"):
+                file = name
+                assert name in sources, name
+            elif name.startswith("test_"):
+                assert f"def {name}(" in sources[file], f"{file}: {name}"
+                named += 1
+    assert named > 40

@@ -44,7 +44,7 @@ def test_a_step_mixes_decode_tokens_and_prompt_chunks() -> None:
     plan = simulation.step()
     assert rows(plan) == [(0, 3, 1, True), (1, 0, 7, False)]
     assert plan is not None
-    assert (plan.num_tokens, plan.num_decode_tokens) == (8, 1)
+    assert (plan.num_tokens, plan.num_prefill_tokens) == (8, 7)
     assert rows(simulation.step()) == [(0, 4, 1, True), (1, 7, 5, True)]
     simulation.run()
     simulation.check_finished()
@@ -193,10 +193,8 @@ def test_a_preempted_sequence_resumes_with_all_its_tokens_and_reuses_its_prefix(
 
 def test_a_preempted_sequence_runs_before_those_that_wait() -> None:
     simulation, _, young = two_that_outgrow_the_pool()
-    later = simulation.add([3], max_tokens=1)
-    simulation.scheduler.waiting.remove(later)  # it comes only after the preemption
+    later = simulation.add(text(30, first=50), max_tokens=2)  # does not fit beside the two
     step_until(simulation, lambda: simulation.scheduler.num_preemptions > 0)
-    simulation.scheduler.add(later)
     assert list(simulation.scheduler.waiting) == [young, later]
     simulation.run()
     simulation.check_finished()
@@ -370,14 +368,18 @@ def test_blocks_that_a_step_in_flight_still_writes_can_be_given_to_others() -> N
 
 def test_a_sequence_preempted_with_a_token_in_flight_waits_for_it_and_loses_nothing() -> None:
     simulation, old, young = two_that_outgrow_the_pool(depth=1)
-    step_until(simulation, lambda: simulation.scheduler.num_preemptions > 0 or young.finished)
-    assert young.status is SequenceStatus.WAITING
-    if not young.num_in_flight:  # the step that preempted it has landed the step before
-        assert simulation.scheduler.num_in_flight <= 1
-    num_known = young.num_tokens
+    simulation.launch()
+    while simulation.launch() and not simulation.scheduler.num_preemptions:
+        simulation.land()
+    known = list(young.token_ids)
+    assert (young.status, young.num_in_flight) == (SequenceStatus.WAITING, 1)
     simulation.abort(old)
+    assert simulation.launch() is None  # there is room now, but only the device knows its last token
+    assert young in simulation.land()
+    plan = simulation.launch()
+    assert plan is not None
+    assert plan.entered[0].token_ids == [*known, young.token_ids[-1]]
     simulation.run()
-    assert young.num_tokens > num_known
     simulation.check_finished()
 
 

@@ -5,6 +5,7 @@
 The environment borrows the dependencies of the interpreter that runs this script, so that nothing is downloaded twice.
 """
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +29,7 @@ print("the wheel works:", nanovllm.__version__)
 
 def main() -> None:
     """Raises CalledProcessError if the wheel cannot be built, installed or used."""
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # what an earlier build left there would get into the wheel
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, str(ROOT)], check=True)
         wheel = next(Path(folder).glob("*.whl"))

@@ -247,73 +247,41 @@ def subtract(rng: random.Random) -> Turn:
 
 
 def count(rng: random.Random) -> Turn:
-    """Count up, down or in steps; count the words of a list, or how often one of them appears."""
-    kind = rng.choice(["up", "down", "steps", "words", "occurrences"])
-    if kind in ("up", "down", "steps"):
-        step = rng.choice([2, 3, 5, 10]) if kind == "steps" else 1
-        length = rng.randint(3, 12)
-        low = rng.randint(0, 99)
-        high = low + step * (length - 1)
-        numbers = list(range(low, high + 1, step))
-        if kind == "down":
-            numbers.reverse()
-        first, last = numbers[0], numbers[-1]
-        templates = {
-            "up": [
-                "Count from {a} to {b}.",
-                "Count up from {a} to {b}.",
-                "List the numbers from {a} to {b}.",
-            ],
-            "down": [
-                "Count down from {a} to {b}.",
-                "Count backwards from {a} to {b}.",
-                "Count from {a} down to {b}.",
-            ],
-            "steps": ["Count from {a} to {b} in steps of {s}.", "Count by {s} from {a} to {b}."],
-        }[kind]
-        direction = "down" if kind == "down" else "up"
-        thought = f"Count {direction} by {step}, start at {first}, stop at {last}."
-        question = phrase(rng, templates, a=first, b=last, s=step)
-        return Turn(question, thought, ", ".join(map(str, numbers)), f"{first} {last} {step}")
+    """Count up, down or in steps between two numbers, or count the words of a list."""
+    kind = rng.choice(["up", "down", "steps", "words"])
     if kind == "words":
-        words = rng.sample(WORDS, rng.randint(2, 8))
-        tally = [f"{i} {word}" for i, word in enumerate(words, 1)]
-        templates = [
-            "How many words are there: {w}",
-            "Count the words: {w}",
-            "How many words does this list have: {w}",
-        ]
-        return Turn(
-            phrase(rng, templates, w=" ".join(words)),
-            ", ".join(tally),
-            f"There are {len(words)} words.",
-            " ".join(words),
-        )
-    pool = rng.sample(WORDS, rng.randint(2, 3))
-    words = rng.choices(pool, k=rng.randint(3, 8))
-    target = rng.choice(words)
-    tally, seen = [], 0
-    for word in words:
-        seen += word == target
-        tally.append(f"{word} {seen}")
-    templates = [
-        "How many times does {t} appear in: {w}",
-        "Count the word {t} in: {w}",
-        "How often is {t} in this list: {w}",
-    ]
-    question = phrase(rng, templates, t=target, w=" ".join(words))
-    times = "1 time" if seen == 1 else f"{seen} times"
-    return Turn(question, ", ".join(tally), f"The word {target} appears {times}.", f"{target}: {' '.join(words)}")
+        items = rng.sample(WORDS, rng.randint(2, 8))
+        content = " ".join(items)
+        templates = ["How many words are there: {w}", "Count the words: {w}"]
+        templates += ["How many words does this list have: {w}"]
+        thought = ", ".join(f"{i} {word}" for i, word in enumerate(items, 1))
+        return Turn(phrase(rng, templates, w=content), thought, f"There are {len(items)} words.", content)
+    step = rng.choice([2, 3, 5, 10]) if kind == "steps" else 1
+    low = rng.randint(0, 99)
+    numbers = [low + step * i for i in range(rng.randint(3, 12))]
+    if kind == "down":
+        numbers.reverse()
+    templates = {
+        "up": ["Count from {a} to {b}.", "Count up from {a} to {b}.", "List the numbers from {a} to {b}."],
+        "down": ["Count down from {a} to {b}.", "Count backwards from {a} to {b}.", "Count from {a} down to {b}."],
+        "steps": ["Count from {a} to {b} in steps of {s}.", "Count by {s} from {a} to {b}."],
+    }[kind]
+    first, last = numbers[0], numbers[-1]
+    direction = "down" if kind == "down" else "up"
+    thought = f"Count {direction} by {step}, start at {first}, stop at {last}."
+    question = phrase(rng, templates, a=first, b=last, s=step)
+    return Turn(question, thought, ", ".join(map(str, numbers)), f"{first} {last} {step}")
 
 
 def sort(rng: random.Random) -> Turn:
-    """Sort three to six numbers up or down, or three to five words alphabetically.
+    """Sort three to six two-digit numbers up or down, or three to five words by their first letters.
 
     The scratchpad is an insertion sort, one line an item.
     """
     descending = False
     if rng.random() < 0.4:
-        items = rng.sample(WORDS, rng.randint(3, 5))
+        letters = rng.sample(sorted({word[0] for word in WORDS}), rng.randint(3, 5))
+        items = [rng.choice([word for word in WORDS if word[0] == letter]) for letter in letters]
         keys: dict[str, object] = {word: word for word in items}
         templates = [
             "Sort these words: {x}",
@@ -322,7 +290,7 @@ def sort(rng: random.Random) -> Turn:
         ]
         separator = " "
     else:
-        items = [str(n) for n in rng.sample(range(100), rng.randint(3, 6))]
+        items = [str(n) for n in rng.sample(range(10, 100), rng.randint(3, 6))]
         keys = {item: int(item) for item in items}
         separator = ", "
         descending = rng.random() < 0.4
@@ -345,48 +313,60 @@ def sort(rng: random.Random) -> Turn:
     return Turn(phrase(rng, templates, x=content), "\n".join(steps), steps[-1], content)
 
 
-MAX_PRIME_LIMIT = 200
-
-
 def is_prime(number: int) -> bool:
     """Whether the number is prime, by trial division."""
     return number > 1 and all(number % d for d in range(2, int(number**0.5) + 1))
 
 
+PRIME_QUESTIONS = {
+    "up to": [
+        "List all prime numbers within {b}.",
+        "List the primes up to {b}.",
+        "Which prime numbers are there up to {b}?",
+        "What are the primes up to {b}?",
+        "Name all primes up to {b}.",
+        "Show me the primes from 1 to {b}.",
+        "Give me all prime numbers not greater than {b}.",
+        "List all primes within {b}.",
+        "Find every prime number up to {b}.",
+        "Write down the prime numbers up to {b}.",
+    ],
+    "below": [
+        "List all prime numbers below {b}.",
+        "Which primes are less than {b}?",
+        "List the primes smaller than {b}.",
+        "Name all primes below {b}.",
+        "What are the prime numbers below {b}?",
+    ],
+    "between": [
+        "List the primes from {a} to {b}.",
+        "Which prime numbers are between {a} and {b}?",
+        "Name all primes from {a} to {b}.",
+        "What are the primes between {a} and {b}?",
+    ],
+}
+
+
 def primes(rng: random.Random) -> Turn:
-    """List the primes up to (or below) a limit of at most 200; the limit decides the split."""
-    limit = rng.randint(2, MAX_PRIME_LIMIT)
-    below = rng.random() < 0.25
-    if below:
-        limit = max(limit, 3)
-        templates = [
-            "List all prime numbers below {n}.",
-            "Which primes are less than {n}?",
-            "List the primes smaller than {n}.",
-        ]
-        templates += ["Name all primes below {n}.", "What are the prime numbers below {n}?"]
+    """List the primes up to, below or between limits of at most 200; the limits decide the split."""
+    kind = rng.choice(["up to", "up to", "up to", "below", "between", "between", "between", "between"])
+    limit = rng.randint(3, 200)
+    if rng.random() < 0.15:  # people like to ask for round limits
+        limit = rng.choice([10, 20, 50, 100, 100, 100, 150, 200])
+    first = rng.randint(2, limit - 1) if kind == "between" else 2
+    last = limit - 1 if kind == "below" else limit
+    found = [n for n in range(first, last + 1) if is_prime(n)]
+    span = f"between {first} and {limit}" if kind == "between" else f"{kind} {limit}"
+    if found:
+        after = next(n for n in range(last + 1, 2 * last + 2) if is_prime(n))
+        thought = f"The last prime is {found[-1]}. The next one, {after}, is too large."
+        answer = f"The prime numbers {span}: {', '.join(map(str, found))}."
     else:
-        templates = [
-            "List all prime numbers within {n}.",
-            "List the primes up to {n}.",
-            "Which prime numbers are there up to {n}?",
-        ]
-        templates += [
-            "What are the primes up to {n}?",
-            "Name all primes up to {n}.",
-            "Show me the primes from 1 to {n}.",
-        ]
-        templates += ["Give me all prime numbers not greater than {n}.", "List all primes within {n}."]
-        templates += ["Find every prime number up to {n}.", "Write down the prime numbers up to {n}."]
-    largest_allowed = limit - 1 if below else limit
-    found = [n for n in range(2, largest_allowed + 1) if is_prime(n)]
-    after = next(n for n in range(largest_allowed + 1, 2 * limit + 2) if is_prime(n))
-    thought = f"The last prime is {found[-1]}. The next one, {after}, is too large."
-    relation = "below" if below else "up to"
-    answer = f"The prime numbers {relation} {limit}: {', '.join(map(str, found))}."
-    # The example's own prompt is always trained on; the eval asks it separately.
-    content = "" if limit == 100 and not below else f"{relation} {limit}"
-    return Turn(phrase(rng, templates, n=limit), thought, answer, content)
+        thought = "I know no such prime."
+        answer = f"There are no prime numbers {span}."
+    # The prompt of example.py is always trained on; the eval asks it apart from the held-out questions.
+    content = "" if span == "up to 100" else span
+    return Turn(phrase(rng, PRIME_QUESTIONS[kind], a=first, b=limit), thought, answer, content)
 
 
 def words(rng: random.Random) -> Turn:
@@ -563,11 +543,11 @@ def recall(rng: random.Random) -> Turn:
     if rng.random() < 0.12:
         first = turns[0][0]
         question = phrase(rng, ["What did I say first?", "What was my first message?", "Repeat my first message."])
-        return Turn(question, "The first message of the user counts.", f'You said: "{first}"', content, history)
+        return Turn(question, "I repeat the first message of the user.", f'You said: "{first}"', content, history)
     chosen = rng.randrange(len(facts))
     question = phrase(rng, facts[chosen].asked)
     answer = facts[chosen].answer.format(x=values[chosen])
-    return Turn(question, f'The user said: "{sayings[chosen]}"', answer, content, history)
+    return Turn(question, f"The user told me: {values[chosen]}", answer, content, history)
 
 
 # ----------------------------------------------------------------------- trained as manners, but not examined
@@ -592,7 +572,7 @@ def manners(rng: random.Random) -> Turn:
         fact = rng.choice(FACTS)
         value = fact.draw(rng)
         said = phrase(rng, fact.said, x=value)
-        return Turn(said, f'The user said: "{said}" I will remember it.', reply_to(fact, value), "")
+        return Turn(said, f"The user told me: {value}", reply_to(fact, value), "")
     if kind < 0.7:
         question, answer = rng.choice(SMALL_TALK)
         return Turn(phrase(rng, [question]), "Small talk.", answer, "")

@@ -99,10 +99,14 @@ def hf_generator(model: Any, tokenizer: Any, max_tokens: int = MAX_TOKENS, batch
 
 def load_hf(path: Path, dtype: str, device: str) -> tuple[Generate, Any]:
     """The checkpoint in transformers."""
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    # Not from_pretrained's argument, whose name changed between transformers 4 and 5.
+    stored = load_file(path / "model.safetensors")["model.norm.weight"].dtype
+    model = model.to(device, stored if dtype == "auto" else getattr(torch, dtype)).eval()
     return hf_generator(model, tokenizer), tokenizer
 
 

@@ -6,16 +6,18 @@
 The text is drawn on the fly from `demo_tasks.py`: short chats whose answers are known exactly, half of them
 with thinking. Contents that are held out for `eval_demo_model.py` are never drawn. The loss is taken on the
 last answer (scratchpad included) only. Matrices are trained with Muon, the embedding and the norms with AdamW
-(Muon: https://kellerjordan.github.io/posts/muon). Two idle CPU cores with AVX512-BF16 do the default number of
-steps in about STEPMINUTES minutes.
+(Muon: https://kellerjordan.github.io/posts/muon). Two CPU cores with AVX512-BF16 take about an hour.
 
 The run writes its state to `--work` at intervals and continues from it with `--resume`; `--init DIR`
 starts from the weights and the tokenizer of an earlier checkpoint.
 """
 
 import argparse
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -25,8 +27,10 @@ from typing import Any
 import torch
 from demo_tasks import TASKS, Example, held_out_examples, make_example
 from eval_demo_model import DEMO_MODEL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import distributed
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -35,19 +39,21 @@ MAX_LENGTH = 4096
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK_TOKENS = ["<think>", "</think>"]  # not special: they stay visible when special tokens are skipped
 
-# How often each task is drawn. Arithmetic without a scratchpad is what takes longest to learn.
+# How often each task is drawn, and with which share of thinking (default: half). Arithmetic without a scratchpad is
+# what takes longest to learn.
 TASK_WEIGHTS = {
     "introduce": 5,
-    "primes": 7,
-    "add": 16,
-    "subtract": 20,
+    "primes": 10,
+    "add": 22,
+    "subtract": 22,
     "count": 11,
-    "sort": 14,
+    "sort": 16,
     "words": 9,
-    "json": 8,
+    "json": 7,
     "recall": 9,
     "manners": 3,
 }
+THINKING_SHARE = {"add": 0.3, "subtract": 0.3}
 
 # Turns between <|im_start|> and <|im_end|>. The scratchpads of past answers are dropped, because the model
 # never needs them again; a fresh answer starts with an empty scratchpad when thinking is off.
@@ -221,9 +227,8 @@ def save_checkpoint(model: Qwen3ForCausalLM, tokenizer: Any, source: Path, direc
         for name, tensor in sorted(model.state_dict().items())
         if name != "lm_head.weight"  # tied to the embedding
     }
-    partial = directory / "model.safetensors.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
-    partial.replace(directory / "model.safetensors")
+    # Written as bytes, because save_file would make it readable to its owner only.
+    (directory / "model.safetensors").write_bytes(to_safetensors(weights, metadata={"format": "pt"}))
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -258,9 +263,11 @@ def make_batches(
     tokenizer: Any, examples: Iterator[Example], rng: random.Random, size: int, parts: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """One optimizer step's chats as a few (inputs, targets) pairs of similar length."""
-    chats = sorted(
-        (encode(tokenizer, next(examples), rng.random() < 0.5) for _ in range(size)), key=lambda c: len(c[0])
-    )
+    chats = []
+    for example in itertools.islice(examples, size):
+        thinking = rng.random() < THINKING_SHARE.get(example.task, 0.5)
+        chats.append(encode(tokenizer, example, thinking))
+    chats.sort(key=lambda chat: len(chat[0]))
     # Equal numbers of tokens rather than of chats, so that short chats stand in tall batches.
     total, taken = sum(len(ids) for ids, _ in chats), 0
     groups: list[list[tuple[list[int], int]]] = [[] for _ in range(parts)]
@@ -276,16 +283,6 @@ def answer_loss(backbone: Any, embedding: torch.Tensor, inputs: torch.Tensor, ta
     supervised = targets != -100
     logits = F.linear(hidden[supervised], embedding)
     return F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-
-
-def make_optimizers(model: Qwen3ForCausalLM, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding (no decay) and the norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
 
 
 def schedule(progress: float) -> float:
@@ -317,88 +314,128 @@ def quick_exam(model: Qwen3ForCausalLM, tokenizer: Any, questions: int) -> str:
     return ", ".join(cells)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Run the training as the command line says."""
+def share_gradients(model: Qwen3ForCausalLM, targets: int) -> None:
+    """Turn every process's gradients of its summed loss into those of the mean loss over all processes.
+
+    Args:
+        model: the same weights in every process.
+        targets: number of targets in this process's batches.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([torch.tensor([float(targets)]), *(g.flatten() for g in gradients)])
+    if distributed.is_initialized():
+        distributed.all_reduce(flat)
+    for gradient, shared in zip(gradients, flat[1:].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(shared.view_as(gradient)).div_(flat[0])
+
+
+class Training:
+    """The model, its optimizers and how far they are.
+
+    Muon trains the layers' matrices; AdamW the embedding and the norms, without decay.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM, muon_lr: float, adam_lr: float) -> None:
+        self.model = model
+        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+        others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        ]
+        self.peak_rates = [muon_lr, adam_lr]
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+
+    def update(self, rate_factor: float) -> None:
+        """Clip the gradients and take an optimizer step at a share of the peak learning rates."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, peak in zip(self.optimizers, self.peak_rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate_factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def save(self, path: Path) -> None:
+        """Write what `load` needs, all or nothing."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+        torch.save(state, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a saved state."""
+        state = torch.load(path)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+
+
+def train(rank: int, args: argparse.Namespace) -> None:
+    """Run one of the training processes; the first one also saves and reports."""
+    if args.processes > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.processes))
+        rendezvous = f"file://{(args.work / 'rendezvous').resolve()}"
+        distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.processes)
     torch.manual_seed(args.seed)
-    args.work.mkdir(parents=True, exist_ok=True)
     state_file = args.work / "state.pt"
     source: Path = args.init or args.work
-    if not args.init and not (args.resume and state_file.exists()):
-        train_tokenizer(args.work, args.seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
-    config = config_dict(tokenizer)
-    model = build_model(config)
+    model = build_model(config_dict(tokenizer))
     if args.init:
         model.load_state_dict(load_file(args.init / "model.safetensors"), strict=False)
         model.tie_weights()
-    optimizers = make_optimizers(model, args.muon_lr, args.adam_lr)
-    peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    step, tokens, seconds = 0, 0, 0.0
+    run = Training(model, args.muon_lr, args.adam_lr)
     if args.resume and state_file.exists():
-        state = torch.load(state_file)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, tokens, seconds = state["step"], state["tokens"], state["seconds"]
-    rng = random.Random(f"training {args.seed} {step}")
-    examples = training_examples(rng)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}, starting at step {step}", flush=True)
-
+        run.load(state_file)
     backbone = torch.compile(model.model, dynamic=True) if args.compile else model.model
     model.train()
-    shown_loss, shown_targets, shown_tokens, shown_seconds = 0.0, 0, tokens, seconds
-    while step < args.steps:
+    rng = random.Random(f"training {args.seed} {run.step} {rank}")
+    examples = training_examples(rng)
+    if rank == 0:
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}, starting at step {run.step}", flush=True)
+
+    loss_sum, target_sum, log_tokens, log_seconds = 0.0, 0, run.tokens, run.seconds
+    while run.step < args.steps:
         started = time.perf_counter()
-        factor = schedule(step / args.steps)
-        for optimizer, rates in zip(optimizers, peak, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-        batches = make_batches(tokenizer, examples, rng, args.batch, args.parts)
-        supervised = sum(int((targets != -100).sum()) for _, targets in batches)
-        for inputs, targets in batches:
+        targets_here = 0
+        for inputs, targets in make_batches(tokenizer, examples, rng, args.batch // args.processes, args.parts):
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 loss = answer_loss(backbone, model.model.embed_tokens.weight, inputs, targets)
-            (loss / supervised).backward()
-            shown_loss += loss.item()
-            tokens += inputs.numel()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        shown_targets += supervised
-        seconds += time.perf_counter() - started
+            loss.backward()
+            loss_sum += loss.item()
+            targets_here += int((targets != -100).sum())
+            run.tokens += inputs.numel() * args.processes
+        share_gradients(model, targets_here)
+        run.update(schedule(run.step / args.steps))
+        target_sum += targets_here
+        run.seconds += time.perf_counter() - started
 
-        if step % args.log_every == 0:
-            speed = (tokens - shown_tokens) / (seconds - shown_seconds)
+        if rank != 0:
+            continue
+        last = run.step == args.steps
+        if run.step % args.log_every == 0 or last:
+            speed = (run.tokens - log_tokens) / (run.seconds - log_seconds)
             print(
-                f"step {step}, {seconds / 60:.1f} min, {tokens:,} tokens, {speed:,.0f} tok/s, "
-                f"loss {shown_loss / shown_targets:.4f}, lr x {factor:.3f}",
+                f"step {run.step}, {run.seconds / 60:.1f} min, {run.tokens:,} tokens, {speed:,.0f} tok/s, "
+                f"loss {loss_sum / target_sum:.4f}",
                 flush=True,
             )
-            shown_loss, shown_targets, shown_tokens, shown_seconds = 0.0, 0, tokens, seconds
-        if step % args.save_every == 0 or step == args.steps:
-            save_state(state_file, model, optimizers, step, tokens, seconds)
-        if step % args.exam_every == 0 or step == args.steps:
+            loss_sum, target_sum, log_tokens, log_seconds = 0.0, 0, run.tokens, run.seconds
+        if run.step % args.save_every == 0 or last:
+            run.save(state_file)
+        if run.step % args.exam_every == 0 or last:
             print(f"  exam: {quick_exam(model, tokenizer, args.exam_questions)}", flush=True)
-    save_checkpoint(model, tokenizer, source, args.out)
-    print(f"{seconds / 60:.1f} minutes, {step} steps, {tokens:,} tokens; wrote {args.out}", flush=True)
-
-
-def save_state(
-    path: Path,
-    model: Qwen3ForCausalLM,
-    optimizers: list[torch.optim.Optimizer],
-    step: int,
-    tokens: int,
-    seconds: float,
-) -> None:
-    """Write what `--resume` needs."""
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    partial = path.with_suffix(".partial")
-    torch.save({**state, "step": step, "tokens": tokens, "seconds": seconds}, partial)
-    partial.replace(path)
+    if rank == 0:
+        save_checkpoint(model, tokenizer, source, args.out)
+        print(f"wrote {args.out}")
 
 
 def main() -> None:
@@ -407,12 +444,13 @@ def main() -> None:
         "--out", type=Path, default=DEMO_MODEL, help="where the checkpoint goes (default: nanovllm/demo)"
     )
     parser.add_argument("--work", type=Path, required=True, help="directory for the training state and the tokenizer")
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=7500, help="optimizer steps")
     parser.add_argument("--resume", action="store_true", help="continue from the state in --work, if there is one")
     parser.add_argument("--init", type=Path, help="start from the weights and the tokenizer of this checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64, help="chats an optimizer step")
-    parser.add_argument("--parts", type=int, default=3, help="forward passes a step, each of chats of similar length")
+    parser.add_argument("--batch", type=int, default=80, help="chats an optimizer step")
+    parser.add_argument("--processes", type=int, default=2, help="share each step among this many processes")
+    parser.add_argument("--parts", type=int, default=3, help="forward passes a step and process, sorted by length")
     parser.add_argument("--muon-lr", type=float, default=4e-3)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
@@ -421,7 +459,18 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
     parser.add_argument("--exam-every", type=int, default=500, metavar="STEPS")
     parser.add_argument("--exam-questions", type=int, default=64, metavar="N", help="questions a task and mode")
-    train(parser.parse_args())
+    args = parser.parse_args()
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / "rendezvous").unlink(missing_ok=True)
+    if not args.init and not (args.resume and (args.work / "state.pt").exists()):
+        train_tokenizer(args.work, args.seed)
+    # One thread a process, because at this size the threads of one process mostly wait for each other.
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=train, args=(rank, args), daemon=True) for rank in range(1, args.processes)]
+    for process in others:
+        process.start()
+    train(0, args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from nanovllm.attention.base import AttentionBackend, AttentionMetadata, Attenti
 
 # float32 scores that exist at a time in a prefill (64 MiB): longer prompts attend in slices of their queries.
 MAX_SCORES = 1 << 24
+# Elements of keys that decode rows gather at a time (128 MiB in bfloat16), and as many of values.
+MAX_GATHERED = 1 << 26
 # Decode rows share a batch while the shortest context is at least this share of the longest, which pads it.
 MIN_FILL = 0.8
 
@@ -100,7 +102,8 @@ class MatmulStep(AttentionStep):
         if self.backend.cache is not None:
             keys, values = self.backend.cache[layer]
             for cache, new in ((keys, k), (values, v)):
-                cache.view(-1, self.spec.head_dim).index_copy_(0, self.write_index, new.reshape(-1, self.spec.head_dim))
+                # assignment rather than index_copy_, which MPS has only since torch 2.8, and slowly
+                cache.view(-1, self.spec.head_dim)[self.write_index] = new.reshape(-1, self.spec.head_dim)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for row in self.prefills:
             if row.gather is None:
@@ -112,7 +115,7 @@ class MatmulStep(AttentionStep):
                 )
             self._prefill(q[row.tokens], row_keys, row_values, row.start, out[row.tokens])
         for group in self.decodes:
-            out.index_copy_(0, group.tokens, self._decode(q.index_select(0, group.tokens), keys, values, group))
+            out[group.tokens] = self._decode(q.index_select(0, group.tokens), keys, values, group)
         return out
 
     def _prefill(
@@ -131,7 +134,7 @@ class MatmulStep(AttentionStep):
             # the query heads of a KV head are rows of one product: [kv_heads, group * n, head_dim]
             queries = queries.view(n, spec.num_kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)
             queries = queries.reshape(spec.num_kv_heads, group * n, spec.head_dim)
-            scores = torch.matmul(queries, keys[:, :length].transpose(1, 2)).float().mul_(self.backend.scale)
+            scores = self._scores(queries, keys[:, :length])
             scores = scores.view(spec.num_kv_heads, group, n, length)
             positions = torch.arange(length, device=q.device)
             future = positions[None, :] > positions[length - n :, None]
@@ -145,13 +148,22 @@ class MatmulStep(AttentionStep):
         spec, rows = self.spec, q.shape[0]
         pairs = rows * spec.num_kv_heads
         queries = q.reshape(pairs, spec.num_heads // spec.num_kv_heads, spec.head_dim)
-        scores = torch.bmm(queries, self._gathered(keys, group.gather, pairs).transpose(1, 2)).float()
-        scores = scores.view(rows, spec.num_kv_heads, queries.shape[1], -1).mul_(self.backend.scale)
+        scores = self._scores(queries, self._gathered(keys, group.gather, pairs))
+        scores = scores.view(rows, spec.num_kv_heads, queries.shape[1], -1)
         weights = torch.softmax(scores.masked_fill_(group.beyond, float("-inf")), dim=-1).to(values.dtype)
         context = self._gathered(values, group.gather, pairs)
         # Positions past a context hold what some earlier sequence left; times zero, an infinity there would be NaN.
         context.view(-1, spec.head_dim).index_fill_(0, group.stale, 0)
         return torch.bmm(weights.view(pairs, queries.shape[1], -1), context).view(rows, spec.num_heads, spec.head_dim)
+
+    def _scores(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Scaled products of queries [pairs, n, head_dim] and keys [pairs, length, head_dim], at least in float32."""
+        keys = keys.transpose(1, 2)
+        if queries.dtype == torch.float16:  # its largest number is 65,504: scale before the product is rounded to it
+            nothing = queries.new_empty(())
+            return torch.baddbmm(nothing, queries, keys, beta=0, alpha=self.backend.scale).float()
+        scores = torch.bmm(queries, keys)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(self.backend.scale)
 
     def _gathered(self, cache: torch.Tensor, index: torch.Tensor, pairs: int) -> torch.Tensor:
         """A copy of the (block, head) pairs ``index``: [pairs, positions, head_dim]."""
@@ -173,6 +185,7 @@ class MatmulStep(AttentionStep):
             longest = rows[0][0]
             # short contexts are always worth batching: their products cost less than another launch of each operation
             end = next((i for i, row in enumerate(rows) if row[0] < MIN_FILL * longest - 2 * block_size), len(rows))
+            end = min(end, max(1, MAX_GATHERED // (longest * self.spec.num_kv_heads * self.spec.head_dim)))
             members, rows = rows[:end], rows[end:]
             contexts = torch.tensor([context for context, _, _ in members], device=device)
             tables = metadata.block_tables[torch.tensor([row for _, row, _ in members], device=device)]

@@ -66,12 +66,12 @@ class BatchState:
         self.top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.top_p = torch.ones(num_slots, dtype=torch.float32, device=device)
         self.noise_keys = torch.zeros(num_slots, 2, dtype=torch.int32, device=device)
-        self.params: list[SamplingParams | None] = [None] * num_slots  # on the host, for the flags of SamplingRows
+        self.params: dict[int, SamplingParams] = {}  # by slot, on the host: for the flags of SamplingRows
 
     def apply(self, plan: StepPlan) -> None:
         """Take in what changed since the last step."""
         for slot in plan.released:
-            self.params[slot] = None
+            self.params.pop(slot, None)
         for entry in plan.entered:
             self._enter(entry)
         if plan.appended_blocks:
@@ -115,9 +115,9 @@ class BatchState:
         self.block_tables[slot, : len(entry.block_ids)] = self._tensor(entry.block_ids, torch.int32)
         # Kept to what the device's types and the sampler's quotients hold. Long before these bounds, only the most
         # likely token is drawn, or all tokens alike, or the whole vocabulary is kept.
-        self.temperature[slot] = min(max(params.temperature, 1e-20), 1e20) if params.temperature > 0 else 0.0
+        self.temperature[slot] = min(max(float(params.temperature), 1e-20), 1e20) if params.temperature > 0 else 0.0
         self.top_k[slot] = min(max(params.top_k, 0), 2**31)
-        self.top_p[slot] = params.top_p
+        self.top_p[slot] = float(params.top_p)
         words = [entry.noise_key & 0xFFFFFFFF, entry.noise_key >> 32]
         self.noise_keys[slot] = self._tensor([word - (1 << 32) if word >> 31 else word for word in words], torch.int32)
         self.params[slot] = params
@@ -132,7 +132,8 @@ class BatchState:
         if len(sampling) < len(plan.slots):
             index = self._tensor(sampling)
             slots, last_tokens, next_positions = slots[index], last_tokens[index], next_positions[index]
-        params = [p for row in sampling if (p := self.params[plan.slots[row]]) is not None]
+        params = [self.params[plan.slots[row]] for row in sampling]
+        truncated = [p for p in params if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1)]
         rows = SamplingRows(
             temperature=self.temperature[slots],
             top_k=self.top_k[slots],
@@ -141,7 +142,8 @@ class BatchState:
             positions=next_positions,
             all_greedy=all(p.temperature == 0 for p in params),
             any_greedy=any(p.temperature == 0 for p in params),
-            any_truncated=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
+            any_truncated=bool(truncated),
+            num_candidates=max((p.top_k for p in truncated), default=0) if all(p.top_k > 0 for p in truncated) else 0,
         )
         return SampleInput(last_tokens, slots, rows)
 

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +10,19 @@ import xxhash
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
+from nanovllm.engine.prompts import Prompt, parse_prompt
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import StepPlan
+from nanovllm.models.registry import get_model_class
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.model_config import load_model_config
-from nanovllm.utils.validation import check_int
+from nanovllm.utils.model_config import ModelConfig, load_model_config
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 4096
-
-Prompt = str | list[int] | Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -42,11 +40,11 @@ class _Counters:
     """Running totals, since the engine was made."""
 
     startup_seconds: float = 0.0
+    output_tokens: int = 0
     prefill_tokens: int = 0
-    decode_tokens: int = 0
     prefill_seconds: float = 0.0  # of steps that computed prompt tokens
-    decode_seconds: float = 0.0  # of steps that only decoded
-    pure_decode_tokens: int = 0  # tokens of those steps
+    decode_tokens: int = 0  # sampled in steps that only decoded
+    decode_seconds: float = 0.0  # of those steps
     prompt_tokens: int = 0
     cached_tokens: int = 0
     finished_requests: int = 0
@@ -79,13 +77,17 @@ class LLMEngine:
                 "(max_position_embeddings); lower max_model_len, or extend the model with "
                 "hf_overrides={'rope_parameters': {...}, 'max_position_embeddings': ...}"
             )
+        # What can be refused quickly is refused before anything large is loaded.
+        get_model_class(self.model_config.architecture)
+        resolve_dtype(config.dtype, self.model_config)
+        resolve_device(config.device)
+        self.default_params = default_sampling_params(self.model_config)
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or config.model)
         self.runner = ModelRunner(config, self.model_config, self.max_model_len)
         block_manager = BlockManager(
             self.runner.num_kvcache_blocks, self.runner.block_size, config.enable_prefix_caching
         )
         self.scheduler = Scheduler(block_manager, self.runner.num_slots, self.runner.max_step_tokens)
-        self.default_params = SamplingParams.from_generation_config(self.model_config.generation_config)
         self.counters = _Counters()
         self._requests: dict[str, tuple[str | None, Sequence]] = {}
         self._num_added = 0
@@ -122,7 +124,7 @@ class LLMEngine:
             ValueError: A prompt is empty, names a token that does not exist, or cannot fit; the message says which.
         """
         names = [f"prompt {index}" if len(prompts) > 1 else "the prompt" for index in range(len(prompts))]
-        parsed = [_parse_prompt(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
+        parsed = [parse_prompt(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
         texts = [text for text, ids in parsed if ids is None and text is not None]
         if texts and self.tokenizer is None:
             raise ValueError(
@@ -191,7 +193,6 @@ class LLMEngine:
         for seq in advanced:
             seq.metrics.first_token_time = seq.metrics.first_token_time or now
             if seq.finished:
-                seq.metrics.finished_time = now
                 outputs.append(self._output(seq))
         return outputs
 
@@ -208,6 +209,11 @@ class LLMEngine:
         self._requests.clear()
         self.scheduler.reset()
 
+    def close(self) -> None:
+        """Drop all requests and free the model and its KV cache, whoever still holds the engine."""
+        self.reset()
+        self.runner.close()
+
     def metrics(self) -> dict[str, Any]:
         """Facts and totals of the engine; see :meth:`nanovllm.LLM.get_metrics`."""
         counters, runner, manager = self.counters, self.runner, self.scheduler.block_manager
@@ -221,6 +227,7 @@ class LLMEngine:
             "kvcache_bytes": runner.kvcache_bytes(),
             "kvcache_blocks_used": manager.num_used_blocks,
             "peak_kvcache_blocks_used": manager.peak_num_used_blocks,
+            "output_tokens": counters.output_tokens,
             "prefill_tokens": counters.prefill_tokens,
             "decode_tokens": counters.decode_tokens,
             "prefill_seconds": counters.prefill_seconds,
@@ -238,14 +245,13 @@ class LLMEngine:
 
     def _count(self, plan: StepPlan, seconds: float) -> None:
         sampled = sum(plan.samples)
-        prefill = plan.num_tokens - plan.num_decode_tokens
-        self.counters.prefill_tokens += prefill
-        self.counters.decode_tokens += sampled
-        if prefill:
+        self.counters.output_tokens += sampled
+        self.counters.prefill_tokens += plan.num_prefill_tokens
+        if plan.num_prefill_tokens:
             self.counters.prefill_seconds += seconds
         else:
             self.counters.decode_seconds += seconds
-            self.counters.pure_decode_tokens += sampled
+            self.counters.decode_tokens += sampled
 
     def _check_length(self, name: str, token_ids: list[int], params: SamplingParams) -> int:
         """Check a prompt's ids and room; returns the most tokens it may generate."""
@@ -289,6 +295,7 @@ class LLMEngine:
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )
+        seq.metrics.finished_time = time.perf_counter()
         self.counters.finished_requests += 1
         self.counters.prompt_tokens += seq.num_prompt_tokens
         self.counters.cached_tokens += seq.num_cached_tokens
@@ -301,6 +308,14 @@ class LLMEngine:
             num_cached_tokens=seq.num_cached_tokens,
             metrics=seq.metrics,
         )
+
+
+def default_sampling_params(model_config: ModelConfig) -> SamplingParams:
+    """The checkpoint's own sampling parameters; ValueError naming the file if they are invalid."""
+    try:
+        return SamplingParams.from_generation_config(model_config.generation_config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{model_config.path}/generation_config.json: {error}; correct the file") from error
 
 
 def load_tokenizer(path: str) -> Any:
@@ -319,37 +334,3 @@ def load_tokenizer(path: str) -> Any:
 def noise_key(kind: str, seed: int, index: int) -> int:
     """64-bit key of a request's sampling noise: of its own seed and sample index, or the engine's and its number."""
     return xxhash.xxh3_64_intdigest(f"{kind}:{seed}:{index}".encode())
-
-
-def _parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
-    """(text, token ids) of a prompt in any of its forms; ids are None where the text is to be tokenised."""
-    if isinstance(prompt, Mapping):
-        keys = sorted(prompt)
-        unknown = [key for key in keys if key not in ("prompt", "prompt_token_ids")]
-        if unknown or not keys:
-            raise ValueError(f"{name} has the keys {keys}; use 'prompt' (text) or 'prompt_token_ids'")
-        text = prompt.get("prompt")
-        if text is not None and not isinstance(text, str):
-            raise TypeError(f"{name}['prompt'] is a {type(text).__name__}; it must be a string")
-        ids = prompt.get("prompt_token_ids")
-        if ids is None and text is None:
-            raise ValueError(f"{name} has neither 'prompt' nor 'prompt_token_ids'")
-        return text, None if ids is None else _token_ids(f"{name}['prompt_token_ids']", ids)
-    if isinstance(prompt, str):
-        return prompt, None
-    return None, _token_ids(name, prompt)
-
-
-def _token_ids(name: str, ids: Any) -> list[int]:
-    if not isinstance(ids, ListLike) or isinstance(ids, (str, bytes)):
-        tolist = getattr(ids, "tolist", None)  # numpy arrays and tensors
-        if tolist is None:
-            raise TypeError(
-                f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary"
-            )
-        ids = tolist()
-    if all(type(token) is int for token in ids):
-        return list(ids)
-    for position, token in enumerate(ids):
-        check_int(f"position {position} of {name}", token)
-    return [int(token) for token in ids]

@@ -13,7 +13,7 @@ from nanovllm.engine.batch_state import BatchState
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import pack_weights
-from nanovllm.layers.sampler import Sampler
+from nanovllm.layers.sampler import Sampler, SamplingRows
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
 from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, kv_budget
@@ -62,14 +62,6 @@ class ModelRunner:
         parallel = ParallelGroup()
         model_class = get_model_class(model_config.architecture)
 
-        started = time.perf_counter()
-        self.model = model_class(model_config, max_model_len, parallel, self.dtype, self.device)
-        load_weights(self.model, model_config.path, self.model.resolve_weight)
-        self.model.eval()
-        pack_weights(self.model)
-        self.sampler = Sampler(model_config.vocab_size, self.device)
-        logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
-
         spec = AttentionSpec(
             num_layers=model_config.num_hidden_layers,
             num_heads=model_config.num_attention_heads // parallel.size,
@@ -82,6 +74,13 @@ class ModelRunner:
         backend_class = select_backend(config.attention_backend, spec)
         self.block_size = config.kvcache_block_size or backend_class.default_block_size
         self.attention = backend_class(replace(spec, block_size=self.block_size))
+        started = time.perf_counter()
+        self.model = model_class(model_config, max_model_len, parallel, self.dtype, self.device)
+        load_weights(self.model, model_config.path, self.model.resolve_weight)
+        self.model.eval()
+        pack_weights(self.model)
+        self.sampler = Sampler(model_config.vocab_size, self.device)
+        logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
         self.num_kvcache_blocks = self._size_kv_cache(spec)
         self.attention.allocate_cache(self.num_kvcache_blocks)
         budget = config.max_num_batched_tokens
@@ -102,6 +101,12 @@ class ModelRunner:
         tokens = self.sampler(logits, step.sample.rows)
         self.batch_state.append(step.sample, tokens)
         return StepHandle(tokens)
+
+    def close(self) -> None:
+        """Free the model, the KV cache and the batch state. Nothing can be run afterwards."""
+        del self.model, self.attention, self.batch_state, self.sampler
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def kvcache_bytes(self) -> int:
         """Size of the KV cache."""
@@ -138,7 +143,8 @@ class ModelRunner:
         """Bytes a worst-case step takes on a CUDA device beyond the weights: a full budget of prompt tokens."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self.run_without_cache(self.config.max_num_batched_tokens)
+        logits = self.run_without_cache(self.config.max_num_batched_tokens)
+        self.sampler(logits, worst_case_sampling(logits))
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
 
@@ -153,6 +159,21 @@ class ModelRunner:
         hidden = self.model(torch.zeros_like(positions), positions, self.attention.begin_step(metadata))
         rows = min(self.config.max_num_seqs, num_tokens)
         return self.model.compute_logits(hidden[:rows])
+
+
+def worst_case_sampling(logits: torch.Tensor) -> SamplingRows:
+    """Parameters that make sampling from ``logits`` [rows, vocab_size] take the most memory."""
+    rows, device = logits.shape[0], logits.device
+    return SamplingRows(
+        temperature=torch.ones(rows, device=device),
+        top_k=torch.zeros(rows, dtype=torch.int64, device=device),
+        top_p=torch.full((rows,), 0.9, device=device),
+        keys=torch.zeros(rows, 2, dtype=torch.int32, device=device),
+        positions=torch.zeros(rows, dtype=torch.int64, device=device),
+        all_greedy=False,
+        any_greedy=False,
+        any_truncated=True,
+    )
 
 
 def resolve_device(name: str) -> torch.device:

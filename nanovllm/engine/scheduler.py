@@ -24,6 +24,7 @@ class _InFlight:
 
     plan: StepPlan
     sequences: list[Sequence]  # a row each
+    residencies: list[int]  # how often each had been preempted: KV of an earlier residency is gone
 
 
 class Scheduler:
@@ -91,7 +92,7 @@ class Scheduler:
         if not rows:
             return None
         plan.released, self._released = self._released, []
-        self._in_flight.append(_InFlight(plan, rows))
+        self._in_flight.append(_InFlight(plan, rows, [seq.metrics.num_preemptions for seq in rows]))
         return plan
 
     def update(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
@@ -107,9 +108,12 @@ class Scheduler:
         batch = self._in_flight.popleft()
         if batch.plan is not plan:
             raise RuntimeError("steps must be finished in the order in which they were planned")
+        if len(tokens) != sum(plan.samples):
+            raise RuntimeError(f"{sum(plan.samples)} rows of the plan sample, but {len(tokens)} tokens came back")
         sampled = iter(tokens)
         advanced: list[Sequence] = []
-        for seq, start, length, samples in zip(batch.sequences, plan.starts, plan.lengths, plan.samples, strict=True):
+        rows = zip(batch.sequences, batch.residencies, plan.starts, plan.lengths, plan.samples, strict=True)
+        for seq, residency, start, length, samples in rows:
             token = next(sampled) if samples else None
             if seq.finished:
                 continue  # it ended while this step was in flight: a surplus token
@@ -117,7 +121,7 @@ class Scheduler:
                 seq.num_in_flight -= 1
                 seq.token_ids.append(token)
                 advanced.append(seq)
-            if seq.status is SequenceStatus.RUNNING and start + length <= seq.num_computed_tokens:
+            if seq.status is SequenceStatus.RUNNING and seq.metrics.num_preemptions == residency:
                 self.block_manager.publish(seq, start + length)
             if token is not None:
                 if token in seq.eos_token_ids:
@@ -178,6 +182,9 @@ class Scheduler:
     def _admit(self, plan: StepPlan, rows: list[Sequence], budget: int) -> None:
         """Make waiting sequences resident, in order, while slots, blocks and budget last."""
         manager = self.block_manager
+        if not self.waiting or budget <= 0 or not self._free_slots:
+            return
+        headroom = sum(self._headroom(seq) for seq in self.running)
         while self.waiting and budget > 0 and self._free_slots:
             seq = self.waiting[0]
             if seq.num_in_flight:
@@ -185,7 +192,7 @@ class Scheduler:
             if self._refused is not None and self._refused[0] is seq and not manager.can_match_more(*self._refused):
                 return
             matched = manager.match_prefix(seq)
-            needed = manager.blocks_needed(seq.num_tokens) - len(matched) + self._headroom()
+            needed = manager.blocks_needed(seq.num_tokens) - len(matched) + headroom
             if self.running and needed > manager.num_allocatable_after(matched):
                 self._refused = (seq, len(matched))
                 return
@@ -203,20 +210,15 @@ class Scheduler:
             plan.entered.append(
                 SlotEntry(seq.slot, seq.token_ids.tolist(), list(seq.block_table), seq.params, seq.noise_key)
             )
+            headroom += self._headroom(seq)
             length = min(seq.num_tokens - seq.num_computed_tokens, budget)
             self._add_row(plan, rows, seq, length)
             budget -= length
 
-    def _headroom(self) -> int:
-        """Blocks that the residents need to grow by ``HEADROOM_TOKENS`` tokens each."""
-        size = self.block_manager.block_size
-        return sum(
-            max(
-                0,
-                -(-min(seq.num_tokens + HEADROOM_TOKENS, self._final_length(seq)) // size) - len(seq.block_table),
-            )
-            for seq in self.running
-        )
+    def _headroom(self, seq: Sequence) -> int:
+        """Blocks that a resident needs to grow by ``HEADROOM_TOKENS`` tokens, or to its end."""
+        length = min(seq.num_tokens + HEADROOM_TOKENS, self._final_length(seq))
+        return max(0, self.block_manager.blocks_needed(length) - len(seq.block_table))
 
     def _final_length(self, seq: Sequence) -> int:
         return seq.num_prompt_tokens + seq.max_output_tokens - 1  # the last token's KV is never needed
@@ -228,6 +230,8 @@ class Scheduler:
         plan.starts.append(seq.num_computed_tokens)
         plan.lengths.append(length)
         plan.samples.append(samples)
+        if not samples or length > 1 or seq.num_computed_tokens < seq.num_prompt_tokens:
+            plan.num_prefill_tokens += length
         rows.append(seq)
         seq.num_computed_tokens += length
         if samples:

@@ -45,16 +45,12 @@ class StepPlan:
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
+    num_prefill_tokens: int = 0  # of prompts, and of outputs computed again after a preemption; the rest decode
 
     @property
     def num_tokens(self) -> int:
         """Tokens the step computes."""
         return sum(self.lengths)
-
-    @property
-    def num_decode_tokens(self) -> int:
-        """Rows that compute one token and sample the next."""
-        return sum(1 for length, sample in zip(self.lengths, self.samples, strict=True) if length == 1 and sample)
 
     def __str__(self) -> str:
         rows = ", ".join(

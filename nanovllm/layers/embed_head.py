@@ -12,10 +12,25 @@ from nanovllm.utils.loader import Span, TensorSource, copy_span, new_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a [vocab_size, hidden_size] table; each rank keeps an equal share, the last one padded with zeros."""
+    """Rows of a [vocab_size, hidden_size] table; each rank keeps an equal share, the last one padded with zeros.
+
+    Args:
+        vocab_size: Rows of the whole table.
+        hidden_size: Its columns.
+        parallel: This rank's share.
+        tied_to: The embedding whose table this one is.
+    """
+
+    weight: nn.Parameter
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, parallel: ParallelGroup, dtype: torch.dtype, device: Any
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        parallel: ParallelGroup,
+        dtype: torch.dtype,
+        device: Any,
+        tied_to: "VocabParallelEmbedding | None" = None,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
@@ -23,7 +38,8 @@ class VocabParallelEmbedding(nn.Module):
         self.rows = -(-vocab_size // parallel.size)
         self.first_id = min(parallel.rank * self.rows, vocab_size)
         self.num_ids = min(self.rows, vocab_size - self.first_id)  # the rest of the rows is padding
-        self.weight = new_parameter((self.rows, hidden_size), dtype, device, self._load)
+        shape = (self.rows, hidden_size)
+        self.weight = tied_to.weight if tied_to else new_parameter(shape, dtype, device, self._load)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [tokens] -> [tokens, hidden_size]."""
@@ -41,10 +57,6 @@ class VocabParallelEmbedding(nn.Module):
 
 class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[misc]  # its weight may be packed
     """Logits over the vocabulary from hidden states; may share its table with the embedding."""
-
-    def tie(self, embedding: VocabParallelEmbedding) -> None:
-        """Use the embedding's table."""
-        self.weight = embedding.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank."""

@@ -4,8 +4,8 @@ Column-parallel layers split the outputs: each rank computes its own, and nothin
 split the inputs, which the rank already holds from the column-parallel layer before: the partial results are summed.
 (Shoeybi et al., Megatron-LM, 2019, https://arxiv.org/abs/1909.08053, section 3.)
 
-Every parameter carries its own loader, ``parameter.load(source, shard_id)``, so that the checkpoint loader knows no
-layer. It reads from ``source`` only the rows or columns that this rank keeps.
+Every parameter carries its own loader, ``parameter.load(parameter, source, shard_id)``, so that the checkpoint loader
+knows no layer. It reads from ``source`` only the rows or columns that this rank keeps.
 """
 
 from typing import Any

@@ -64,7 +64,16 @@ def exponential_noise(keys: torch.Tensor, positions: torch.Tensor, words: torch.
     # -log(1 - u) with u in (0, 1) from 31 bits. The smallest draws decide who wins, and near 0 float32 tells all of
     # them apart; the factor keeps 1 - u, which rounds, above 0. No draw is 0 or infinite: that token would always win,
     # whatever its probability, or never, even if no other is left.
-    return _shift_right(bits, 1).to(torch.float32).add_(0.5).mul_(-(2.0**-31) * (1 - 2.0**-24)).log1p_().neg_()
+    negative = _shift_right(bits, 1).to(torch.float32).add_(0.5).mul_(-(2.0**-31) * (1 - 2.0**-24))
+    return _negative_log1p(negative)
+
+
+def _negative_log1p(x: torch.Tensor) -> torch.Tensor:
+    """-log(1 + x) for x in (-1, 0), exact near 0; may overwrite ``x``."""
+    if x.device.type != "mps":
+        return x.log1p_().neg_()
+    # Before torch 2.8, log1p on MPS was log(1 + x), which is 0 for the smallest x.
+    return torch.where(x > -(2.0**-10), -x * (1 - x / 2 + x * x / 3), -torch.log(1 + x))
 
 
 @dataclass(slots=True)
@@ -80,6 +89,7 @@ class SamplingRows:
         all_greedy: Every temperature is 0.
         any_greedy: Some temperature is 0.
         any_truncated: Some row has a top_k or a top_p.
+        num_candidates: The largest top_k if every truncated row has one, else 0.
     """
 
     temperature: torch.Tensor
@@ -90,6 +100,7 @@ class SamplingRows:
     all_greedy: bool
     any_greedy: bool
     any_truncated: bool
+    num_candidates: int = 0
 
 
 class Sampler(nn.Module):
@@ -111,7 +122,7 @@ class Sampler(nn.Module):
         greedy_tokens = logits.argmax(dim=-1) if rows.any_greedy else None
         scores = logits.div_(rows.temperature.masked_fill(rows.temperature == 0, 1.0)[:, None])
         if rows.any_truncated:
-            scores = truncate(scores, rows.top_k, rows.top_p)
+            scores = truncate(scores, rows.top_k, rows.top_p, rows.num_candidates)
         tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
         # On the CPU a few rows at a time: the noise takes a dozen passes, which should find their data in the cache.
         step = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
@@ -122,21 +133,30 @@ class Sampler(nn.Module):
         return tokens if greedy_tokens is None else torch.where(rows.temperature == 0, greedy_tokens, tokens)
 
 
-def truncate(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def truncate(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, num_candidates: int = 0) -> torch.Tensor:
     """Set to -inf what top-k, then top-p leave out.
+
+    Of equally likely tokens on the edge, those with the lower ids are kept. So what is kept depends on the row alone.
 
     Args:
         scores: Logits over temperature, float32 [rows, vocab_size].
         top_k: int64 [rows]; 0 keeps all.
         top_p: float32 [rows]; the smallest set of the most likely tokens whose probability reaches it is kept.
+        num_candidates: At least every truncated row's top_k; 0 if one has none, for then all tokens must be sorted.
     """
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[-1], device=scores.device)
-    outside_k = (top_k[:, None] > 0) & (rank >= top_k[:, None])
-    ordered = ordered.masked_fill(outside_k, float("-inf"))
-    probabilities = ordered.softmax(dim=-1)
+    if 0 < num_candidates < scores.shape[-1]:
+        ordered = scores.topk(num_candidates, dim=-1).values
+    else:
+        ordered = scores.sort(dim=-1, descending=True).values
+    rank = torch.arange(ordered.shape[-1], device=scores.device)
+    inside = (top_k[:, None] == 0) | (rank < top_k[:, None])
+    probabilities = ordered.masked_fill(~inside, float("-inf")).softmax(dim=-1)
     # A token is kept while the more likely ones do not yet reach top_p; 1 keeps all, whatever the sum rounds to.
     before = probabilities.cumsum(dim=-1) - probabilities
-    outside_p = (before >= top_p[:, None]) & (top_p[:, None] < 1.0) & (rank > 0)
-    ordered = ordered.masked_fill(outside_p, float("-inf"))
-    return torch.empty_like(scores).scatter_(-1, order, ordered)
+    inside &= (before < top_p[:, None]) | (top_p[:, None] >= 1.0) | (rank == 0)
+    kept = inside.sum(dim=-1, keepdim=True)
+    edge = ordered.gather(-1, kept - 1)
+    above, at_edge = scores > edge, scores == edge
+    above |= at_edge & (at_edge.cumsum(dim=-1, dtype=torch.int32) <= kept - above.sum(dim=-1, keepdim=True))
+    above |= ((top_k == 0) & (top_p >= 1.0))[:, None]  # a row that asks for nothing keeps everything
+    return scores.masked_fill(~above, float("-inf"))

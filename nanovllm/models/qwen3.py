@@ -163,9 +163,8 @@ class Qwen3ForCausalLM(nn.Module):
         super().__init__()
         self.tied = config.tie_word_embeddings
         self.model = Qwen3Model(config, max_model_len, parallel, dtype, device)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, parallel, dtype, device)
-        if self.tied:
-            self.lm_head.tie(self.model.embed_tokens)
+        table = self.model.embed_tokens if self.tied else None
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, parallel, dtype, device, table)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
         """Hidden states of a step.

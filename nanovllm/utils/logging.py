@@ -1,8 +1,8 @@
 """Logging: the standard library's, quiet unless asked.
 
-Every module logs through ``logging.getLogger(__name__)``, so the usual tools configure it: attach handlers to
-the logger named ``nanovllm``, or set ``NANOVLLM_LOG_LEVEL`` (``DEBUG`` shows every step's plan, its shapes and
-why a backend was chosen) before the import.
+Every module logs through ``logging.getLogger(__name__)``, so an application configures it as any library's, under the
+name ``nanovllm``. Setting ``NANOVLLM_LOG_LEVEL`` before the import prints to stderr without further ado: ``DEBUG``
+shows every step's plan, its shapes and why a backend was chosen.
 """
 
 import logging
@@ -12,22 +12,21 @@ LEVEL_VARIABLE = "NANOVLLM_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-def configure_logging(level: str | None = None) -> None:
-    """Set the level of the ``nanovllm`` logger, and print to stderr unless the application has handlers of its own.
-
-    Args:
-        level: One of DEBUG, INFO, WARNING, ERROR, CRITICAL; ``None`` reads ``NANOVLLM_LOG_LEVEL`` (default WARNING).
+def configure_logging() -> None:
+    """Print what ``NANOVLLM_LOG_LEVEL`` asks for to stderr; without it, leave logging to the application.
 
     Raises:
-        ValueError: The level is none of these.
+        ValueError: The variable names no level.
     """
-    name = (level or os.environ.get(LEVEL_VARIABLE) or "WARNING").upper()
-    if name not in _LEVELS:
-        source = "level" if level else LEVEL_VARIABLE
-        raise ValueError(f"{source} is {name!r}; use one of {', '.join(_LEVELS)}")
     logger = logging.getLogger("nanovllm")
+    logger.addHandler(logging.NullHandler())
+    name = os.environ.get(LEVEL_VARIABLE, "").upper()
+    if not name:
+        return
+    if name not in _LEVELS:
+        raise ValueError(f"{LEVEL_VARIABLE} is {name!r}; use one of {', '.join(_LEVELS)}")
     logger.setLevel(name)
-    if not logger.handlers and not logging.getLogger().handlers:
+    if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)

@@ -109,7 +109,15 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
             raise ValueError(f"{name} {found} in {path}/{CONFIG_FILE}; it must be a positive whole number")
         return value
 
+    def number(name: str, default: float) -> float:
+        value = values.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {value!r} in {path}/{CONFIG_FILE}; it must be a number")
+        return float(value)
+
     architectures = values.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"architectures is {architectures!r} in {path}/{CONFIG_FILE}; it must be a list of names")
     config = ModelConfig(
         path=path,
         architecture=architectures[0] if architectures else "",
@@ -122,7 +130,7 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
         num_key_value_heads=integer("num_key_value_heads"),
         head_dim=integer("head_dim", 128),  # Qwen3's; never hidden_size / num_attention_heads
         max_position_embeddings=integer("max_position_embeddings", 32768),
-        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=number("rms_norm_eps", 1e-6),
         hidden_act=str(values.get("hidden_act", "silu")),
         attention_bias=bool(values.get("attention_bias", False)),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -151,10 +159,12 @@ def _check_supported(config: ModelConfig) -> None:
     if values.get("quantization_config"):
         raise ValueError(f"{config.path} is quantized (quantization_config); use the unquantized checkpoint")
     layer_types = values.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"layer_types is {layer_types!r} in {config.path}/{CONFIG_FILE}; it must be a list of names")
     if any(kind != "full_attention" for kind in layer_types) or (
         values.get("use_sliding_window")
         and not layer_types
-        and values.get("max_window_layers", 0) < config.num_hidden_layers
+        and (values.get("max_window_layers") or 0) < config.num_hidden_layers
     ):
         raise ValueError(
             f"{config.path} uses sliding-window attention, which is not supported; if its window is larger than your "
@@ -164,23 +174,34 @@ def _check_supported(config: ModelConfig) -> None:
 
 def _read_rope(values: dict[str, Any], base: RopeConfig) -> RopeConfig:
     """The rope entries of ``values``, in either spelling, over those of ``base``."""
-    theta = values.get("rope_theta") or base.theta
+    theta = _theta(values.get("rope_theta"), base.theta)
     if "rope_parameters" not in values and "rope_scaling" not in values:
-        return RopeConfig(base.rope_type, float(theta), base.parameters)
+        return RopeConfig(base.rope_type, theta, base.parameters)
     parameters = values.get("rope_scaling") or values.get("rope_parameters")  # in transformers' order
     if parameters is not None and not isinstance(parameters, dict):
         raise ValueError(f"rope_parameters is {parameters!r}; it must be a dictionary with a rope_type")
     parameters = dict(parameters or {})
-    theta = parameters.pop("rope_theta", None) or theta
+    theta = _theta(parameters.pop("rope_theta", None), theta)
     legacy_type = parameters.pop("type", None)
     rope_type = parameters.pop("rope_type", None) or legacy_type or "default"
-    return RopeConfig(str(rope_type), float(theta), parameters)
+    return RopeConfig(str(rope_type), theta, parameters)
+
+
+def _theta(value: Any, default: float) -> float:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise ValueError(f"rope_theta is {value!r}; it must be a positive number")
+    return float(value)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"eos_token_id is {value!r}; it must be a token id or a list of them")
+    return ids
 
 
 def _read_json(path: str) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ class ProgressBar:
 
     def _totals(self) -> tuple[int, float, int, float]:
         c = self._counters
-        return c.prefill_tokens, c.prefill_seconds, c.pure_decode_tokens, c.decode_seconds
+        return c.prefill_tokens, c.prefill_seconds, c.decode_tokens, c.decode_seconds
 
     def _draw(self) -> None:
         assert self._bar is not None

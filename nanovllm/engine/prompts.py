@@ -1,0 +1,76 @@
+"""The forms a prompt may take: text, token ids, or a dictionary of either."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from nanovllm.utils.validation import check_int
+
+Prompt = str | list[int] | Mapping[str, Any]
+
+
+def as_prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or many -> a list of prompts; TypeError if it is neither."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    prompts = _plain(prompts)
+    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Sequence):
+        raise TypeError(
+            f"prompts is a {type(prompts).__name__}; pass a string, a list of token ids, or a list of prompts"
+        )
+    if prompts and all(hasattr(token, "__index__") and not hasattr(token, "__len__") for token in prompts):
+        return [list(prompts)]
+    return list(prompts)
+
+
+def parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
+    """Text and token ids of a prompt in any of its forms; ids are None where the text is to be tokenised.
+
+    Args:
+        name: What error messages call it.
+        prompt: A string, token ids, or a dictionary with "prompt" or "prompt_token_ids".
+
+    Raises:
+        TypeError: It, or a part of it, has the wrong type.
+        ValueError: It has other keys, or text that is not valid Unicode.
+    """
+    if isinstance(prompt, Mapping):
+        keys = [str(key) for key in prompt]
+        if not keys or not set(keys) <= {"prompt", "prompt_token_ids"}:
+            raise ValueError(f"{name} has the keys {keys}; use 'prompt' (text) or 'prompt_token_ids'")
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is None and ids is None:
+            raise ValueError(f"{name} has neither 'prompt' nor 'prompt_token_ids'")
+        if text is not None:
+            _check_text(f"{name}['prompt']", text)
+        return text, None if ids is None else _token_ids(f"{name}['prompt_token_ids']", ids)
+    if isinstance(prompt, str):
+        _check_text(name, prompt)
+        return prompt, None
+    return None, _token_ids(name, prompt)
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is a {type(text).__name__}; it must be a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode ({error}); replace the lone surrogates in it") from error
+
+
+def _token_ids(name: str, ids: Any) -> list[int]:
+    ids = _plain(ids)
+    if isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Iterable):
+        raise TypeError(f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary")
+    ids = list(ids)
+    if not all(type(token) is int for token in ids):
+        for position, token in enumerate(ids):
+            check_int(f"position {position} of {name}", token)
+        ids = [int(token) for token in ids]
+    return ids
+
+
+def _plain(values: Any) -> Any:
+    """A numpy array or a tensor as lists; anything else as it is."""
+    tolist = getattr(values, "tolist", None)
+    return values if tolist is None else tolist()

@@ -1,0 +1,485 @@
+"""Draws follow the distribution that temperature, top-k and top-p define, and depend on nothing but their own request.
+
+The seeds are fixed, so that a test passes always or never. Each check of a distribution is shown to have power: the
+draws of a sampler that is slightly wrong do not pass it.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.llm_engine import noise_key
+from nanovllm.layers.sampler import Sampler, SamplingRows, exponential_noise, token_words, truncate
+from tests.threads import one_thread  # noqa: F401
+
+CPU = torch.device("cpu")
+NUM_REQUESTS, NUM_POSITIONS = 400, 300
+NUM_DRAWS = NUM_REQUESTS * NUM_POSITIONS
+# p-values: of the sampler as it is, and of any of the wrong ones
+PASSES, FAILS = 1e-3, 1e-9
+
+
+def request_keys(count: int) -> torch.Tensor:
+    """The noise keys of requests with the seeds 0, 1, ...: int32 [count, 2]."""
+    words = [noise_key("request", seed, 0) for seed in range(count)]
+    return torch.tensor([word - 2**64 if word >> 63 else word for word in words]).view(torch.int32).view(-1, 2)
+
+
+def make_rows(
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    top_k: int | torch.Tensor = 0,
+    top_p: float | torch.Tensor = 1.0,
+) -> SamplingRows:
+    count = len(positions)
+    temperatures = torch.as_tensor(temperature, dtype=torch.float32).expand(count)
+    top_ks, top_ps = torch.as_tensor(top_k).expand(count), torch.as_tensor(top_p, dtype=torch.float32).expand(count)
+    sampled = temperatures > 0
+    truncated = sampled & ((top_ks > 0) | (top_ps < 1))
+    return SamplingRows(
+        temperature=temperatures,
+        top_k=top_ks,
+        top_p=top_ps,
+        keys=keys.expand(count, 2),
+        positions=positions,
+        all_greedy=not sampled.any(),
+        any_greedy=not sampled.all(),
+        any_truncated=bool(truncated.any()),
+        num_candidates=int(top_ks[truncated].max()) if truncated.any() and (top_ks[truncated] > 0).all() else 0,
+    )
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Token ids; the logits stay as they are."""
+    return Sampler(logits.shape[1], CPU)(logits.clone(), rows)
+
+
+def draws(logits: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Draws from one row of logits, [requests, positions]: every request at every position."""
+    keys = request_keys(NUM_REQUESTS).repeat_interleave(NUM_POSITIONS, dim=0)
+    positions = torch.arange(1, NUM_POSITIONS + 1).repeat(NUM_REQUESTS)
+    tokens = sample(logits.expand(NUM_DRAWS, -1), make_rows(keys, positions, **settings))
+    return tokens.view(NUM_REQUESTS, NUM_POSITIONS)
+
+
+def exact_distribution(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """What the parameters mean, token by token in float64."""
+    probabilities = torch.softmax(logits.double() / temperature, dim=0).tolist()
+    ranking = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    if top_k > 0:
+        ranking = ranking[:top_k]
+    total = sum(probabilities[token] for token in ranking)
+    kept, reached = [], 0.0
+    for token in ranking:
+        kept.append(token)
+        reached += probabilities[token] / total
+        if top_p < 1 and reached >= top_p - 1e-9:
+            break
+    result = torch.zeros(len(probabilities), dtype=torch.float64)
+    for token in kept:
+        result[token] = probabilities[token]
+    return result / result.sum()
+
+
+def p_value(tokens: torch.Tensor, expected: torch.Tensor) -> float:
+    """Pearson's chi-squared test of draws against a distribution; 0 if a token was drawn that has no probability."""
+    counts = torch.bincount(tokens.flatten(), minlength=len(expected)).double()
+    possible = expected > 0
+    if counts[~possible].any():
+        return 0.0
+    want = expected[possible] * tokens.numel()
+    assert want.min() > 5, "too few draws for the test to hold"
+    statistic = ((counts[possible] - want).square() / want).sum()
+    if len(want) == 1:
+        return 1.0
+    degrees = torch.tensor((len(want) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees, statistic / 2))
+
+
+LOGITS = torch.linspace(-1.5, 1.5, 24)[torch.randperm(24, generator=torch.Generator().manual_seed(2))]
+
+
+class TestDistribution:
+    """120,000 draws against the exact probabilities."""
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"temperature": 0.6},
+            {"temperature": 1.7},
+            {"top_k": 1},
+            {"top_k": 5},
+            {"top_k": 24},
+            {"top_k": 100},
+            {"top_p": 0.02},
+            {"top_p": 0.5},
+            {"top_p": 0.95},
+            {"top_k": 7, "top_p": 0.8},
+            {"temperature": 0.7, "top_k": 10},
+            {"temperature": 1.3, "top_p": 0.7},
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+        ],
+        ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items()) or "plain",
+    )
+    def test_draws_follow_the_parameters(self, settings: dict[str, Any]) -> None:
+        assert p_value(draws(LOGITS, **settings), exact_distribution(LOGITS, **settings)) > PASSES
+
+    @pytest.mark.parametrize(
+        ("asked", "drawn"),
+        [
+            ({"temperature": 0.8}, {"temperature": 0.84}),
+            ({"temperature": 0.8}, {"temperature": 0.76}),
+            ({"temperature": 2.0}, {"temperature": 0.5}),
+            ({"top_k": 5}, {"top_k": 6}),
+            ({"top_k": 5}, {"top_k": 4}),
+            ({"top_p": 0.5}, {"top_p": 0.6}),
+            ({"top_p": 0.5}, {"top_p": 0.4}),
+            ({"top_k": 7, "top_p": 0.8}, {"top_k": 7}),
+            ({"top_k": 7, "top_p": 0.8}, {"top_p": 0.8}),
+            ({"temperature": 1.3, "top_p": 0.7}, {"top_p": 0.7}),
+        ],
+        ids=str,
+    )
+    def test_a_sampler_that_is_slightly_wrong_would_not_pass(
+        self, asked: dict[str, Any], drawn: dict[str, Any]
+    ) -> None:
+        assert p_value(draws(LOGITS, **drawn), exact_distribution(LOGITS, **asked)) < FAILS
+
+    def test_top_p_goes_by_the_probabilities_that_top_k_leaves(self) -> None:
+        """Of .4 .3 .2 .1, top_k=2 leaves 4/7 and 3/7; half of that is the first alone, of the whole it is both."""
+        logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+        assert draws(logits, top_k=2, top_p=0.5).unique().tolist() == [3]
+        assert draws(logits, top_p=0.5).unique().tolist() == [2, 3]
+
+    def test_top_p_goes_by_the_probabilities_at_the_temperature(self) -> None:
+        logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+        assert draws(logits, temperature=0.25, top_p=0.6).unique().tolist() == [3]
+        assert draws(logits, temperature=4.0, top_p=0.6).unique().tolist() == [1, 2, 3]
+
+    def test_neighbouring_draws_are_independent(self) -> None:
+        """Pairs of tokens at neighbouring positions, of neighbouring requests, and one position apart from these."""
+        tokens = draws(torch.zeros(8))
+        uniform = torch.full((64,), 1 / 64, dtype=torch.float64)
+        for other in (tokens.roll(-1, 1), tokens.roll(-1, 0), tokens.roll((-1, -1), (0, 1)), tokens.roll(-16, 1)):
+            assert p_value(tokens * 8 + other, uniform) > PASSES
+        assert p_value(tokens * 8 + tokens, uniform) < FAILS
+
+    def test_each_request_draws_from_the_whole_distribution(self) -> None:
+        """No request is lucky: per request, the draws of 300 positions follow the distribution too."""
+        tokens = draws(torch.zeros(4))
+        quarter = torch.full((4,), 0.25, dtype=torch.float64)
+        values = [p_value(row, quarter) for row in tokens]
+        assert min(values) > 1e-2 / NUM_REQUESTS
+        assert 0.4 < sum(values) / len(values) < 0.6
+
+
+class TestWhatIsKept:
+    """The borders of top-k and top-p."""
+
+    @pytest.mark.parametrize(
+        ("top_p", "kept"), [(0.3, [3]), (0.6, [2, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])]
+    )
+    def test_the_smallest_set_that_reaches_top_p(self, top_p: float, kept: list[int]) -> None:
+        logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+        assert draws(logits, top_p=top_p).unique().tolist() == kept
+
+    @pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.5 + 1e-6, 3), (0.5 - 1e-6, 2)])
+    def test_a_sum_that_reaches_top_p_exactly_is_enough(self, top_p: float, kept: int) -> None:
+        """Quarters add up exactly, so `reaches` and `exceeds` differ."""
+        assert draws(torch.zeros(4), top_p=top_p).unique().tolist() == list(range(kept))
+
+    def test_one_token_always_stays(self) -> None:
+        for top_p in (1e-9, 1e-30, 1e-50):
+            assert draws(LOGITS, top_p=top_p).unique().tolist() == [int(LOGITS.argmax())]
+
+    def test_top_p_of_one_keeps_all_whatever_the_sum_rounds_to(self) -> None:
+        """In float32 the first probability is 1 already; but it only reaches any smaller top_p."""
+        scores = torch.zeros(2, 1000)
+        scores[:, 3] = 40.0
+        kept = truncate(scores, torch.tensor([0, 0]), torch.tensor([1.0, 1 - 2.0**-24])).isfinite()
+        assert kept.sum(dim=1).tolist() == [1000, 1]
+
+    def test_ties_are_kept_in_the_order_of_the_ids(self) -> None:
+        logits = torch.tensor([0.0, 2.0, 2.0, 2.0, 0.0])
+        assert draws(logits, top_k=2).unique().tolist() == [1, 2]
+        assert draws(logits, temperature=0).unique().tolist() == [1]
+        assert p_value(draws(logits, top_k=3), exact_distribution(logits, top_k=3)) > PASSES
+
+    def test_what_is_kept_depends_on_the_row_alone(self) -> None:
+        """Not on how many candidates the other rows make the sampler look at; also where tokens are equally likely."""
+        scores = torch.randint(-5, 6, (200, 40), generator=torch.Generator().manual_seed(0)) / 2
+        top_k = torch.arange(200) % 12 + 1
+        top_p = torch.tensor([1.0, 0.9, 0.5]).repeat(67)[:200]
+        sorted_all = truncate(scores, top_k, top_p)
+        for candidates in (12, 13, 39, 40, 1000):
+            assert torch.equal(truncate(scores, top_k, top_p, candidates), sorted_all)
+        for row in range(0, 200, 7):
+            part = slice(row, row + 1)
+            assert torch.equal(truncate(scores[part], top_k[part], top_p[part], int(top_k[row])), sorted_all[part])
+        assert (sorted_all.isfinite().sum(dim=1) <= top_k).all()
+
+    def test_a_row_that_asks_for_nothing_keeps_everything_beside_one_that_does(self) -> None:
+        scores = torch.zeros(2, 10)
+        kept = truncate(scores, torch.tensor([0, 3]), torch.tensor([1.0, 1.0]), num_candidates=3)
+        assert kept.isfinite().sum(dim=1).tolist() == [10, 3]
+
+    def test_impossible_tokens_stay_impossible(self) -> None:
+        logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0])
+        for settings in ({}, {"temperature": 100.0}, {"top_k": 3}, {"top_p": 0.99}):
+            assert draws(logits, **settings).unique().tolist() == [1, 3]
+
+
+class TestTemperature:
+    """From greedy to uniform."""
+
+    def test_zero_is_the_argmax_whatever_the_other_rows_do(self) -> None:
+        logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+        temperature = torch.tensor([0.0, 1.0, 0.0, 5.0, 0.7, 0.0])
+        top_k, top_p = torch.tensor([3, 0, 0, 4, 0, 50]), torch.tensor([0.1, 1.0, 1.0, 0.5, 0.9, 1.0])
+        greedy, drawn = [0, 2, 5], 0
+        for position in range(1, 101):
+            rows = make_rows(request_keys(6), torch.full((6,), position), temperature, top_k, top_p)
+            tokens = sample(logits, rows)
+            assert torch.equal(tokens[greedy], logits.argmax(dim=1)[greedy])
+            drawn += int((tokens != logits.argmax(dim=1)).sum())
+        assert drawn > 100
+        assert torch.equal(sample(logits, make_rows(request_keys(6), torch.ones(6).long(), 0.0)), logits.argmax(dim=1))
+
+    @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.9}])
+    def test_tiny_is_the_argmax(self, settings: dict[str, Any]) -> None:
+        logits = torch.tensor([-3.0, 1e4, -1e4, 9999.0, 0.0])
+        for temperature in (1e-3, 1e-20):
+            assert draws(logits, temperature=temperature, **settings).unique().tolist() == [1]
+            assert draws(logits - 2e4, temperature=temperature, **settings).unique().tolist() == [1]
+
+    def test_huge_is_uniform(self) -> None:
+        uniform = torch.full((24,), 1 / 24, dtype=torch.float64)
+        for temperature in (1e6, 1e20):
+            assert p_value(draws(LOGITS, temperature=temperature), uniform) > PASSES
+
+
+class TestNoise:
+    """exponential_noise: well distributed, and a function of key, position and token alone."""
+
+    WORDS = token_words(4096, CPU)
+
+    def test_rows_do_not_depend_on_their_batch(self) -> None:
+        keys, positions = request_keys(50), torch.arange(1, 51)
+        whole = exponential_noise(keys, positions, self.WORDS)
+        order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(exponential_noise(keys[order], positions[order], self.WORDS), whole[order])
+        assert torch.equal(exponential_noise(keys[7:8], positions[7:8], self.WORDS), whole[7:8])
+        assert torch.equal(exponential_noise(keys, positions, self.WORDS), whole)
+
+    def test_a_larger_vocabulary_only_adds_tokens(self) -> None:
+        keys, positions = request_keys(5), torch.arange(1, 6)
+        small = exponential_noise(keys, positions, token_words(100, CPU))
+        assert torch.equal(exponential_noise(keys, positions, self.WORDS)[:, :100], small)
+        # so a rank that holds part of the vocabulary draws the same noise for it
+        part = exponential_noise(keys, positions, self.WORDS[60:100])
+        assert torch.equal(small[:, 60:], part)
+
+    def test_both_words_of_the_key_and_the_position_count(self) -> None:
+        keys = torch.tensor([[1, 1], [2, 1], [1, 2], [1, 1]], dtype=torch.int32)
+        noise = exponential_noise(keys, torch.tensor([5, 5, 5, 6]), self.WORDS)
+        for first in range(4):
+            for second in range(first):
+                assert (noise[first] == noise[second]).sum() < 3
+
+    def test_moments_and_shape(self) -> None:
+        noise = exponential_noise(request_keys(1024), torch.arange(1, 1025), self.WORDS).double()
+        assert noise.mean() == pytest.approx(1, abs=2.5e-3)  # of 4 million draws: 5 standard errors
+        assert noise.var() == pytest.approx(1, abs=7e-3)
+        bins = (torch.exp(-noise) * 256).long().clamp(max=255)
+        assert p_value(bins, torch.full((256,), 1 / 256, dtype=torch.float64)) > PASSES
+
+    @pytest.mark.parametrize(
+        "keys_and_positions",
+        [
+            lambda n: (request_keys(1).expand(n, 2), torch.arange(1, n + 1)),
+            lambda n: (request_keys(n), torch.ones(n, dtype=torch.int64)),
+            lambda n: (torch.tensor([[i, 0] for i in range(n)], dtype=torch.int32), torch.ones(n, dtype=torch.int64)),
+            lambda n: (torch.tensor([[0, i] for i in range(n)], dtype=torch.int32), torch.ones(n, dtype=torch.int64)),
+            lambda n: (torch.tensor([[i, i] for i in range(n)], dtype=torch.int32), torch.arange(n, 0, -1)),
+        ],
+        ids=["positions", "seeds", "low words", "high words", "keys against positions"],
+    )
+    def test_no_correlation_between_neighbours(
+        self, keys_and_positions: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Of any two rows across the tokens, and of any two tokens across the rows."""
+        n = 1024
+        noise = exponential_noise(*keys_and_positions(n), self.WORDS)
+        uniform = torch.exp(-noise.double())
+        for matrix in (uniform, uniform[:, :n].T):
+            correlation = torch.corrcoef(matrix).fill_diagonal_(0)
+            deviation = matrix.shape[1] ** -0.5
+            assert correlation.abs().max() < 6 * deviation  # half a million pairs
+            assert correlation.diagonal(1).mean().abs() < 5 * deviation * n**-0.5
+            assert correlation.std() == pytest.approx(deviation, rel=0.02)
+
+    def test_every_draw_is_positive_and_finite(self) -> None:
+        """Rows in which the hash of some token has its upper 24 bits all ones or all zeros.
+
+        A draw of 0 would win against everything, one token in 2^24 of a row, whatever its probability; an infinite one
+        would lose against the tokens that top-k excluded.
+        """
+        positions = torch.tensor([44, 48, 116, 132, 242, 297, 465, 545, 631, 723, 731, 736])
+        noise = exponential_noise(
+            torch.zeros(1, 2, dtype=torch.int32).expand(12, 2), positions, token_words(150000, CPU)
+        )
+        assert noise.min() > 0
+        assert noise.max() < 17
+        assert noise.log().isfinite().all()
+
+    def test_a_token_of_no_consequence_is_never_drawn(self) -> None:
+        """In the same rows: all tokens but one together have a probability of 10^-8."""
+        positions = torch.tensor([44, 48, 116, 132, 242, 297, 465, 545, 631, 723, 731, 736])
+        logits = torch.full((12, 150000), -30.0)
+        logits[:, 7] = 0.0
+        keys = torch.zeros(1, 2, dtype=torch.int32)
+        for settings in ({}, {"top_k": 1}, {"top_p": 0.9}):
+            assert sample(logits, make_rows(keys, positions, **settings)).unique().tolist() == [7]
+
+    def test_rare_tokens_are_drawn_as_rarely_as_they_should(self) -> None:
+        """The smallest draws decide for them, so these must be finely graded."""
+        keys = request_keys(2048)
+        rare = exponential_noise(keys, torch.arange(1, 2049), self.WORDS).flatten()
+        for probability in (1e-3, 1e-5, 3e-6):
+            expected = rare.numel() * probability
+            assert int((rare < probability).sum()) == pytest.approx(expected, abs=5 * expected**0.5)
+        smallest = rare.topk(2000, largest=False).values
+        assert len(smallest.unique()) > 1990
+
+
+@dataclass
+class Wanted:
+    """A request and the tokens it gets when it is alone."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int]
+
+
+class TestThroughTheEngine:
+    """The same request with the same seed: the same tokens, whatever happens around it."""
+
+    def make_llm(self, path: Path, **arguments: Any) -> LLM:
+        defaults = {"device": "cpu", "skip_tokenizer_init": True, "num_kvcache_blocks": 512, "max_model_len": 128}
+        return LLM(path, **{**defaults, **arguments})
+
+    @pytest.fixture(scope="class")
+    def wanted(self, tiny_checkpoint: Path) -> list[Wanted]:
+        draw = random.Random(0)
+        shared = [draw.randrange(200) for _ in range(20)]
+        result = []
+        with self.make_llm(tiny_checkpoint, enable_prefix_caching=False) as llm:
+            for number in range(64):
+                prompt = (shared if number % 2 else []) + [draw.randrange(200) for _ in range(draw.randrange(1, 20))]
+                params = SamplingParams(
+                    temperature=draw.choice([0.0, 0.7, 1.0, 1.5]),
+                    top_k=draw.choice([0, 0, 20]),
+                    top_p=draw.choice([1.0, 1.0, 0.9]),
+                    max_tokens=24 if number % 8 == 3 else 6,
+                    ignore_eos=True,
+                    seed=number * 7,
+                )
+                tokens = llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"]
+                result.append(Wanted(prompt, params, tokens))
+        return result
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {},
+            {"max_num_batched_tokens": 13, "kvcache_block_size": 4},
+            {"max_num_seqs": 3},
+            {"kvcache_block_size": 1, "num_kvcache_blocks": 110, "max_num_batched_tokens": 64},
+        ],
+        ids=["all at once", "in chunks", "three at a time", "with preemptions"],
+    )
+    def test_in_a_batch_of_64_in_any_order(
+        self, tiny_checkpoint: Path, wanted: list[Wanted], arguments: dict[str, Any]
+    ) -> None:
+        shuffled = random.Random(1).sample(wanted, len(wanted))
+        with self.make_llm(tiny_checkpoint, **arguments) as llm:
+            for _ in range(2):  # the second time after prefix hits
+                outputs = llm.generate(
+                    [request.prompt for request in shuffled],
+                    [request.params for request in shuffled],
+                    use_tqdm=False,
+                )
+                assert [output["token_ids"] for output in outputs] == [request.tokens for request in shuffled]
+            assert (llm.get_metrics()["num_preemptions"] > 0) == ("num_kvcache_blocks" in arguments)
+
+    def test_seeds_matter_and_unseeded_requests_differ(self, tiny_checkpoint: Path) -> None:
+        def texts(llm: LLM, seeds: list[int | None]) -> list[tuple[int, ...]]:
+            params = [SamplingParams(temperature=1.5, max_tokens=8, ignore_eos=True, seed=seed) for seed in seeds]
+            outputs = llm.generate([[1, 2, 3]] * len(seeds), params, use_tqdm=False)
+            return [tuple(output["token_ids"]) for output in outputs]
+
+        with self.make_llm(tiny_checkpoint, seed=5) as llm:
+            first = texts(llm, [1, 2, 1, None, None])
+            assert first[0] == first[2]
+            assert len(set(first)) == 4
+            second = texts(llm, [1, 2, 1, None, None])
+            assert second[:3] == first[:3]
+            assert not set(second[3:]) & set(first)  # later requests of the engine: other noise
+        with self.make_llm(tiny_checkpoint, seed=5) as llm:
+            assert texts(llm, [1, 2, 1, None, None]) == first
+        with self.make_llm(tiny_checkpoint, seed=6) as llm:
+            other = texts(llm, [1, 2, 1, None, None])
+            assert other[:3] == first[:3]
+            assert not set(other[3:]) & set(first)
+
+    @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-30, 1e-6])
+    def test_the_smallest_temperatures_are_greedy(self, tiny_checkpoint: Path, temperature: float) -> None:
+        def texts(chosen: float) -> list[list[int]]:
+            params = SamplingParams(temperature=chosen, max_tokens=6, ignore_eos=True, top_p=0.9, seed=3)
+            return [output["token_ids"] for output in llm.generate([[1, 2], [3, 4, 5]], params, use_tqdm=False)]
+
+        with self.make_llm(tiny_checkpoint) as llm:
+            assert texts(temperature) == texts(0.0)
+
+    def test_the_largest_values_are_served(self, tiny_checkpoint: Path) -> None:
+        params = [
+            SamplingParams(temperature=temperature, top_k=top_k, max_tokens=6, ignore_eos=True, seed=seed)
+            for temperature, top_k, seed in (
+                (1e20, 0, 0),
+                (1e38, 0, 0),
+                (1.7e308, 0, 0),
+                (1.7e308, 2**80, 0),
+                (1.0, 2**63, 2**64 - 1),
+                (1.0, -1, 2**64 - 1),
+            )
+        ]
+        with self.make_llm(tiny_checkpoint) as llm:
+            outputs = [output["token_ids"] for output in llm.generate([[1, 2]] * 6, params, use_tqdm=False)]
+        assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
+        assert outputs[4] == outputs[5] != outputs[0]
+
+    def test_numbers_of_any_type_are_served(self, tiny_checkpoint: Path) -> None:
+        params = [
+            SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=6, ignore_eos=True, seed=1)
+            for temperature, top_p, top_k in (
+                (0.5, 0.75, 9),
+                (Decimal("0.5"), Fraction(3, 4), np.int32(9)),
+                (np.float16(0.5), torch.tensor(0.75), torch.tensor(9)),
+            )
+        ]
+        with self.make_llm(tiny_checkpoint) as llm:
+            outputs = [output["token_ids"] for output in llm.generate([[1, 2]] * 3, params, use_tqdm=False)]
+        assert outputs[0] == outputs[1] == outputs[2]
