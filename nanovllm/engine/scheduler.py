@@ -182,15 +182,11 @@ class Scheduler:
     def _admit(self, plan: StepPlan, rows: list[Sequence], budget: int) -> None:
         """Make waiting sequences resident, in order, while slots, blocks and budget last."""
         manager = self.block_manager
-        if not self.waiting or budget <= 0 or not self._free_slots:
-            return
-        headroom = sum(self._headroom(seq) for seq in self.running)
-        while self.waiting and budget > 0 and self._free_slots:
+        headroom: int | None = None  # summed up only if somebody is asked: a head that waits costs nothing
+        while self.waiting and budget > 0 and self._free_slots and not self._must_wait(self.waiting[0]):
             seq = self.waiting[0]
-            if seq.num_in_flight:
-                return  # preempted while its next token was being sampled: the device no longer holds it
-            if self._refused is not None and self._refused[0] is seq and not manager.can_match_more(*self._refused):
-                return
+            if headroom is None:
+                headroom = sum(self._headroom(resident) for resident in self.running)
             matched = manager.match_prefix(seq)
             needed = manager.blocks_needed(seq.num_tokens) - len(matched) + headroom
             if self.running and needed > manager.num_allocatable_after(matched):
@@ -214,6 +210,14 @@ class Scheduler:
             length = min(seq.num_tokens - seq.num_computed_tokens, budget)
             self._add_row(plan, rows, seq, length)
             budget -= length
+
+    def _must_wait(self, seq: Sequence) -> bool:
+        """Whether the head of the queue cannot run now, as far as is known without asking for its blocks."""
+        if seq.num_in_flight:
+            return True  # preempted while its next token was being sampled: the device no longer holds it
+        if self._refused is None or self._refused[0] is not seq:
+            return False
+        return not self.block_manager.can_match_more(*self._refused)
 
     def _headroom(self, seq: Sequence) -> int:
         """Blocks that a resident needs to grow by ``HEADROOM_TOKENS`` tokens, or to its end."""
