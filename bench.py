@@ -398,6 +398,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--temperature is {args.temperature}; it must be at least 0")
     if args.json and not args.json.resolve().parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no such folder")
+    if args.json and args.json.is_dir():
+        raise ValueError(f"--json {args.json}: it is a folder; name a file")
     model_name, model = chosen_model(args)
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} is no checkpoint folder: it has no config.json")

@@ -36,17 +36,20 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, low=0.0)
-        check_int("top_k", self.top_k, low=-1)
-        check_number("top_p", self.top_p, low=0.0, high=1.0)
+        def keep(name: str, value: object) -> None:  # as Python's own number, whichever kind was given
+            object.__setattr__(self, name, value)
+
+        keep("temperature", check_number("temperature", self.temperature, low=0.0))
+        keep("top_k", check_int("top_k", self.top_k, low=-1))
+        keep("top_p", check_number("top_p", self.top_p, low=0.0, high=1.0))
         if self.top_p == 0.0:
             raise ValueError("top_p is 0; it must be in (0, 1] (use temperature=0 for the most likely token)")
         if self.max_tokens is not None:
-            check_int("max_tokens", self.max_tokens, low=1)
+            keep("max_tokens", check_int("max_tokens", self.max_tokens, low=1))
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False")
         if self.seed is not None:
-            check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
+            keep("seed", check_int("seed", self.seed, low=-(2**63), high=2**64 - 1))
 
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any]) -> "SamplingParams":

@@ -143,3 +143,15 @@ def test_a_long_prompt_is_hashed_once_in_chunks_and_once_only(monkeypatch: pytes
             num_steps += 1
         assert num_steps == ([34, 2][number])  # 33 chunks and a decode step; then all but the last block is cached
         assert len(hashed) == (number + 1) * LONG // BLOCK_SIZE
+
+
+def test_admitting_many_prompts_at_once_costs_each_the_same() -> None:
+    def lines_a_prompt(num_prompts: int) -> float:
+        scheduler = Scheduler(BlockManager(8 * num_prompts, BLOCK_SIZE), num_prompts, 100 * num_prompts)
+        for number in range(num_prompts):
+            add(scheduler, number, 4 * BLOCK_SIZE, max_tokens=BLOCK_SIZE)
+        lines = num_lines(lambda: step(scheduler)) / num_prompts
+        assert len(scheduler.running) == num_prompts
+        return lines
+
+    assert lines_a_prompt(256) < 1.1 * lines_a_prompt(32)

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -25,7 +26,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils import progress
-from tests.checkpoints import reference_greedy
+from tests.checkpoints import make_model, reference_greedy
 from tests.simulation import interrupt_at_lines
 from tests.threads import one_thread  # noqa: F401
 
@@ -584,3 +585,80 @@ def test_the_table_of_known_defects_names_tests_that_exist() -> None:
                 assert f"def {name}(" in sources[file], f"{file}: {name}"
                 named += 1
     assert named > 40
+
+
+# What an attack found
+
+
+def test_a_request_that_overflows_leaves_the_prefix_it_shares_intact(tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    model.save_pretrained(tmp_path)
+    prefix = list(range(20, 32))
+    with make_llm(tmp_path, kvcache_block_size=4) as llm:
+        expected = generate(llm, [[*prefix, 3]], greedy(6))
+        llm.reset_prefix_cache()
+        generate(llm, [[*prefix, 7, 4]], greedy(3))  # not a number from token 7 on
+        again = llm.generate([[*prefix, 3]], greedy(6), use_tqdm=False)
+    assert again[0].num_cached_tokens == 12
+    assert [again[0]["token_ids"]] == expected
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_unless_none_is_asked_for(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no tokenizer.*skip_tokenizer_init=True"):
+        LLM(tiny_checkpoint, device="cpu", num_kvcache_blocks=4)
+
+
+def test_a_request_without_a_name_gets_one_that_is_free(tiny_checkpoint: Path) -> None:
+    with make_llm(tiny_checkpoint) as llm:
+        first = llm.engine.add_request([1, 2], greedy(2), request_id="1")
+        second = llm.engine.add_request([1, 2], greedy(2))
+        third = llm.engine.add_request([1, 2], greedy(2))
+        assert len({first, second, third}) == 3
+        llm.engine.reset()
+
+
+def test_an_interrupt_while_a_request_is_added_leaves_nothing_behind(tiny_checkpoint: Path, monkeypatch) -> None:
+    def interrupted(self: Scheduler, seq: object) -> None:
+        raise KeyboardInterrupt
+
+    with make_llm(tiny_checkpoint) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "add", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.engine.add_request([1, 2], greedy(2))
+        assert not llm.engine.has_unfinished_requests
+        assert len(generate(llm, [[1, 2]], greedy(2))[0]) == 2
+
+
+def test_a_console_that_goes_away_costs_no_results(tiny_checkpoint: Path, monkeypatch) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with make_llm(tiny_checkpoint) as llm:
+        for console in (Broken(), None):
+            monkeypatch.setattr(sys, "stderr", console)
+            assert len(llm.generate([[1, 2]], greedy(2))) == 1
+
+
+def test_text_that_cannot_be_decoded_costs_no_request(tiny_checkpoint: Path) -> None:
+    class Tokenizer:
+        def decode(self, *args: object, **kwargs: object) -> str:
+            raise RuntimeError("broken")
+
+    with make_llm(tiny_checkpoint) as llm:
+        llm.engine.tokenizer = Tokenizer()
+        output = llm.generate([[1, 2]], greedy(2), use_tqdm=False)[0]
+    assert output["text"] == ""
+    assert len(output["token_ids"]) == 2
+
+
+def test_an_index_cannot_name_files_outside_its_directory(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside its directory"):
+        make_llm(tmp_path / "model")

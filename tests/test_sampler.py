@@ -64,11 +64,20 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     return Sampler(logits.shape[1], CPU)(logits.clone(), rows)
 
 
-def draws(logits: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """Draws from one row of logits, [requests, positions]: every request at every position."""
+def draws(logits: torch.Tensor, sort_all: bool = False, **settings: Any) -> torch.Tensor:
+    """Draws from one row of logits, [requests, positions]: every request at every position.
+
+    Args:
+        logits: [vocab_size].
+        sort_all: As in a batch with a row of top_p alone, for which the sampler must sort all tokens.
+        settings: temperature, top_k, top_p.
+    """
     keys = request_keys(NUM_REQUESTS).repeat_interleave(NUM_POSITIONS, dim=0)
     positions = torch.arange(1, NUM_POSITIONS + 1).repeat(NUM_REQUESTS)
-    tokens = sample(logits.expand(NUM_DRAWS, -1), make_rows(keys, positions, **settings))
+    rows = make_rows(keys, positions, **settings)
+    if sort_all:
+        rows.num_candidates = 0
+    tokens = sample(logits.expand(NUM_DRAWS, -1), rows)
     return tokens.view(NUM_REQUESTS, NUM_POSITIONS)
 
 
@@ -114,6 +123,7 @@ LOGITS = torch.linspace(-1.5, 1.5, 24)[torch.randperm(24, generator=torch.Genera
 class TestDistribution:
     """120,000 draws against the exact probabilities."""
 
+    @pytest.mark.parametrize("sort_all", [False, True])
     @pytest.mark.parametrize(
         "settings",
         [
@@ -134,8 +144,8 @@ class TestDistribution:
         ],
         ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items()) or "plain",
     )
-    def test_draws_follow_the_parameters(self, settings: dict[str, Any]) -> None:
-        assert p_value(draws(LOGITS, **settings), exact_distribution(LOGITS, **settings)) > PASSES
+    def test_draws_follow_the_parameters(self, settings: dict[str, Any], sort_all: bool) -> None:
+        assert p_value(draws(LOGITS, sort_all, **settings), exact_distribution(LOGITS, **settings)) > PASSES
 
     @pytest.mark.parametrize(
         ("asked", "drawn"),
@@ -207,10 +217,10 @@ class TestWhatIsKept:
 
     def test_top_p_of_one_keeps_all_whatever_the_sum_rounds_to(self) -> None:
         """In float32 the first probability is 1 already; but it only reaches any smaller top_p."""
-        scores = torch.zeros(2, 1000)
+        scores = torch.zeros(4, 1000)
         scores[:, 3] = 40.0
-        kept = truncate(scores, torch.tensor([0, 0]), torch.tensor([1.0, 1 - 2.0**-24])).isfinite()
-        assert kept.sum(dim=1).tolist() == [1000, 1]
+        top_k, top_p = torch.tensor([0, 5, 0, 5]), torch.tensor([1.0, 1.0, 1 - 2.0**-24, 1 - 2.0**-24])
+        assert truncate(scores, top_k, top_p).isfinite().sum(dim=1).tolist() == [1000, 5, 1, 1]
 
     def test_ties_are_kept_in_the_order_of_the_ids(self) -> None:
         logits = torch.tensor([0.0, 2.0, 2.0, 2.0, 0.0])
@@ -393,7 +403,7 @@ class TestThroughTheEngine:
                     temperature=draw.choice([0.0, 0.7, 1.0, 1.5]),
                     top_k=draw.choice([0, 0, 20]),
                     top_p=draw.choice([1.0, 1.0, 0.9]),
-                    max_tokens=24 if number % 8 == 3 else 6,
+                    max_tokens=24 if number % 4 == 3 else 6,
                     ignore_eos=True,
                     seed=number * 7,
                 )

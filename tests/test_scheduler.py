@@ -383,6 +383,24 @@ def test_a_sequence_preempted_with_a_token_in_flight_waits_for_it_and_loses_noth
     simulation.check_finished()
 
 
+def test_a_chunk_in_flight_of_a_sequence_preempted_and_resumed_meanwhile_publishes_nothing() -> None:
+    simulation = Simulation(num_blocks=42, block_size=2, max_num_batched_tokens=4, depth=2)
+    old, young = simulation.add([1], max_tokens=60), simulation.add(text(64, first=50), max_tokens=2)
+    while not simulation.scheduler.num_preemptions:
+        simulation.step()
+    assert len(simulation.in_flight) == 2  # both with chunks of the younger one's prompt
+    simulation.manager.reset_prefix_cache()
+    simulation.abort(old)
+    simulation.launch()
+    assert young.num_computed_tokens == 4
+    simulation.land()
+    simulation.land()
+    twin = simulation.add(text(64, first=50), max_tokens=2)
+    assert simulation.manager.match_prefix(twin) == []  # the new residency's first step has not landed
+    simulation.run()
+    simulation.check_finished()
+
+
 def test_steps_are_finished_in_the_order_in_which_they_were_planned() -> None:
     simulation = Simulation(depth=1)
     simulation.add(text(3))

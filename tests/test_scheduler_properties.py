@@ -44,7 +44,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         "max_num_seqs": draw(st.integers(1, 5)),
         "max_num_batched_tokens": draw(st.sampled_from([1, 7, 64])),
         "enable_prefix_caching": draw(st.sampled_from([True, True, True, False])),
-        "depth": draw(st.integers(0, 1)),
+        "depth": draw(st.integers(0, 2)),  # 1 is overlap
     }
     kinds = ["add"] * 9 + ["step"] * 9 + ["launch", "launch", "land", "land", "abort", "forget prefixes", "reset"]
     operation = st.tuples(st.sampled_from(kinds), st.binary(min_size=4, max_size=4))

@@ -105,6 +105,9 @@ class MatmulStep(AttentionStep):
                 # assignment rather than index_copy_, which MPS has only since torch 2.8, and slowly
                 cache.view(-1, self.spec.head_dim)[self.write_index] = new.reshape(-1, self.spec.head_dim)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        # Masked positions get weight 0, but 0 times infinity is NaN: an overflow must not reach the tokens before it,
+        # whose keys and values others may share.
+        overflow = bool(self.prefills) and not bool(v.isfinite().all())
         for row in self.prefills:
             if row.gather is None:
                 row_keys, row_values = k[row.tokens].transpose(0, 1), v[row.tokens].transpose(0, 1)
@@ -113,13 +116,19 @@ class MatmulStep(AttentionStep):
                 row_keys, row_values = (
                     self._gathered(cache, row.gather, self.spec.num_kv_heads)[:, :length] for cache in (keys, values)
                 )
-            self._prefill(q[row.tokens], row_keys, row_values, row.start, out[row.tokens])
+            self._prefill(q[row.tokens], row_keys, row_values, row.start, out[row.tokens], overflow)
         for group in self.decodes:
             out[group.tokens] = self._decode(q.index_select(0, group.tokens), keys, values, group)
         return out
 
     def _prefill(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+        out: torch.Tensor,
+        overflow: bool,
     ) -> None:
         """Attend queries at positions ``start, start + 1, ...`` to keys and values [kv_heads, context, head_dim]."""
         spec = self.spec
@@ -140,7 +149,14 @@ class MatmulStep(AttentionStep):
             future = positions[None, :] > positions[length - n :, None]
             scores.masked_fill_(future, float("-inf"))
             weights = torch.softmax(scores, dim=-1).to(values.dtype).view(spec.num_kv_heads, group * n, length)
-            attended = torch.matmul(weights, values[:, :length]).view(spec.num_kv_heads, group, n, spec.head_dim)
+            visible = values[:, :length]
+            bad = ~visible.isfinite().all(dim=-1) if overflow else None  # [kv_heads, length]
+            if bad is not None:
+                visible = visible.masked_fill(bad[..., None], 0)
+            attended = torch.matmul(weights, visible).view(spec.num_kv_heads, group, n, spec.head_dim)
+            if bad is not None:  # those that may see a bad position answer NaN, as they should
+                sees = bad.cumsum(dim=-1)[:, length - n :] > 0
+                attended.masked_fill_(sees[:, None, :, None], float("nan"))
             out[first : first + n].view(n, spec.num_kv_heads, group, spec.head_dim).copy_(attended.permute(2, 0, 1, 3))
 
     def _decode(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _DecodeGroup) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The engine: takes requests, runs steps until they are finished, and turns tokens back into text."""
 
 import logging
+import os
 import time
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from nanovllm.utils.model_config import ModelConfig, load_model_config
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 4096
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# What a generation_config.json may ask for that this version does not do, and the value that asks for nothing.
+_NOT_HONOURED = {"repetition_penalty": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 @dataclass(slots=True)
@@ -147,8 +151,13 @@ class LLMEngine:
     def add_prepared(self, request: PreparedRequest, request_id: str | None = None) -> str:
         """Queue a request that :meth:`prepare` made; returns its id."""
         number = self._num_added
-        request_id = str(number) if request_id is None else request_id
-        if request_id in self._requests:
+        if request_id is None:
+            request_id = str(number)
+            while request_id in self._requests:  # the user gave that name to another request
+                request_id = f"{request_id}+"
+        elif not isinstance(request_id, str):
+            raise TypeError(f"request_id is {request_id!r} ({type(request_id).__name__}); it must be a string")
+        elif request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is taken by a request that has not finished")
         self._num_added += 1
         seed = request.params.seed
@@ -164,8 +173,13 @@ class LLMEngine:
             else noise_key("engine", self.config.seed, number),
             arrival_time=time.perf_counter(),
         )
-        self._requests[request_id] = (request.prompt, seq)
-        self.scheduler.add(seq)
+        try:
+            self._requests[request_id] = (request.prompt, seq)
+            self.scheduler.add(seq)
+        except BaseException:  # Ctrl-C between the two
+            self._requests.pop(request_id, None)
+            self.scheduler.finish(seq, "abort")
+            raise
         return request_id
 
     def step(self) -> list[RequestOutput]:
@@ -206,8 +220,8 @@ class LLMEngine:
 
     def reset(self) -> None:
         """Drop all requests. The prefix cache stays. Safe after an exception or an interrupt anywhere in a step."""
-        self._requests.clear()
         self.scheduler.reset()
+        self._requests.clear()  # last: should this be interrupted too, the next call sees that there is work left
 
     def close(self) -> None:
         """Drop all requests and free the model and its KV cache, whoever still holds the engine."""
@@ -242,6 +256,15 @@ class LLMEngine:
         if not texts or self.tokenizer is None:
             return []
         return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _decode(self, request_id: str, token_ids: list[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        try:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        except Exception:  # whatever the tokenizer raises must not cost other requests their results
+            logger.warning("request %s: its tokens cannot be decoded; its text stays empty", request_id, exc_info=True)
+            return ""
 
     def _count(self, plan: StepPlan, seconds: float) -> None:
         sampled = sum(plan.samples)
@@ -285,9 +308,10 @@ class LLMEngine:
 
     def _output(self, seq: Sequence) -> RequestOutput:
         """What an ended sequence gives back; the engine forgets it."""
-        prompt, _ = self._requests.pop(seq.request_id)
+        prompt, _ = self._requests[seq.request_id]
         token_ids = seq.output_token_ids
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True) if self.tokenizer is not None else ""
+        text = self._decode(seq.request_id, token_ids)
+        del self._requests[seq.request_id]
         completion = CompletionOutput(
             index=0,
             text=text,
@@ -312,6 +336,13 @@ class LLMEngine:
 
 def default_sampling_params(model_config: ModelConfig) -> SamplingParams:
     """The checkpoint's own sampling parameters; ValueError naming the file if they are invalid."""
+    ignored = [
+        name
+        for name, neutral in _NOT_HONOURED.items()
+        if model_config.generation_config.get(name) not in (None, neutral)
+    ]
+    if ignored:
+        logger.warning("%s/generation_config.json: %s are ignored", model_config.path, ", ".join(ignored))
     try:
         return SamplingParams.from_generation_config(model_config.generation_config)
     except (TypeError, ValueError) as error:
@@ -322,6 +353,12 @@ def load_tokenizer(path: str) -> Any:
     """The tokenizer of a checkpoint; ValueError saying what to do if it cannot be loaded."""
     from transformers import AutoTokenizer
 
+    if not any(os.path.exists(os.path.join(path, name)) for name in TOKENIZER_FILES):
+        # transformers 5 would make up an empty tokenizer
+        raise ValueError(
+            f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); download it, name another directory with "
+            "tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
+        )
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises whatever its parsers raise

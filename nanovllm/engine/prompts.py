@@ -1,5 +1,6 @@
 """The forms a prompt may take: text, token ids, or a dictionary of either."""
 
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ def as_prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     prompts = _plain(prompts)
+    if isinstance(prompts, str):  # numpy's
+        return [prompts]
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Sequence):
         raise TypeError(
             f"prompts is a {type(prompts).__name__}; pass a string, a list of token ids, or a list of prompts"
         )
-    if prompts and all(hasattr(token, "__index__") and not hasattr(token, "__len__") for token in prompts):
+    if prompts and all(isinstance(_plain(token), numbers.Integral) for token in prompts):
         return [list(prompts)]
     return list(prompts)
 
@@ -64,9 +67,7 @@ def _token_ids(name: str, ids: Any) -> list[int]:
         raise TypeError(f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary")
     ids = list(ids)
     if not all(type(token) is int for token in ids):
-        for position, token in enumerate(ids):
-            check_int(f"position {position} of {name}", token)
-        ids = [int(token) for token in ids]
+        ids = [check_int(f"position {position} of {name}", token) for position, token in enumerate(map(_plain, ids))]
     return ids
 
 

@@ -121,7 +121,7 @@ class Scheduler:
                 seq.num_in_flight -= 1
                 seq.token_ids.append(token)
                 advanced.append(seq)
-            if seq.status is SequenceStatus.RUNNING and seq.metrics.num_preemptions == residency:
+            if seq.metrics.num_preemptions == residency:
                 self.block_manager.publish(seq, start + length)
             if token is not None:
                 if token in seq.eos_token_ids:
@@ -142,7 +142,7 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._vacate(seq)
-        else:
+        elif seq in self.waiting:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason

@@ -90,10 +90,12 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Ten
             **beside,
         )
         frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.rope_type](hf_config, torch.device("cpu"))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"rope_type {rope.rope_type!r} with {rope.parameters}: {error!r} is missing or wrong"
         ) from error
+    if not torch.isfinite(frequencies).all():
+        raise ValueError(f"rope_type {rope.rope_type!r} with {rope.parameters} gives frequencies that are not finite")
     if frequencies.numel() * 2 != config.head_dim:
         raise ValueError(
             f"rope_type {rope.rope_type!r} with {rope.parameters} rotates {frequencies.numel() * 2} of "

@@ -92,12 +92,17 @@ def find_shards(path: str) -> list[str]:
         FileNotFoundError: There are none, or the index names one that is absent.
     """
     index_path = os.path.join(path, INDEX_FILE)
+    single = os.path.join(path, "model.safetensors")
+    if os.path.exists(single):  # as transformers does, whatever else lies there
+        return [single]
     if os.path.exists(index_path):
         try:
             with open(index_path, encoding="utf-8") as file:
                 names = sorted(set(json.load(file)["weight_map"].values()))
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index_path} is not a valid safetensors index; download it again") from error
+        if not names or any(os.path.basename(str(name)) != name for name in names):
+            raise ValueError(f"{index_path} names files outside its directory, or none; download it again")
         absent = [name for name in names if not os.path.exists(os.path.join(path, name))]
         if absent:
             raise FileNotFoundError(

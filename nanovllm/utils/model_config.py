@@ -6,6 +6,7 @@ newer ones ``dtype`` and ``rope_parameters``. Both are understood here, and nowh
 
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +112,8 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
 
     def number(name: str, default: float) -> float:
         value = values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{name} is {value!r} in {path}/{CONFIG_FILE}; it must be a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r} in {path}/{CONFIG_FILE}; it must be a number of at least 0")
         return float(value)
 
     architectures = values.get("architectures") or []
@@ -139,7 +140,9 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
         or overrides.get("torch_dtype")
         or values.get("dtype")
         or values.get("torch_dtype"),
-        eos_token_ids=_token_ids(generation.get("eos_token_id")) or _token_ids(values.get("eos_token_id")),
+        eos_token_ids=_token_ids(overrides.get("eos_token_id"))
+        or _token_ids(generation.get("eos_token_id"))
+        or _token_ids(values.get("eos_token_id")),
         generation_config=generation,
         values=values,
     )
@@ -199,7 +202,7 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(token) is int for token in ids):
+    if not all(type(token) is int and token >= 0 for token in ids):
         raise ValueError(f"eos_token_id is {value!r}; it must be a token id or a list of them")
     return ids
 

@@ -1,11 +1,15 @@
 """The progress bar of a long call."""
 
+import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from tqdm.auto import tqdm
 
 REDRAW_SECONDS = 0.1  # a redraw a step would cost more than a small model's step
+
+_BROKEN = (OSError, ValueError)  # what writing to a stream that went away raises
 
 
 class ProgressBar:
@@ -19,7 +23,10 @@ class ProgressBar:
 
     def __init__(self, engine: Any, total: int, enabled: bool) -> None:
         self._counters = engine.counters
-        self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True) if enabled else None
+        self._bar: Any = None
+        if enabled and sys.stderr is not None:  # None: a program without a console
+            with suppress(*_BROKEN):
+                self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True)
         self._start = self._totals()
         self._drawn = 0.0
 
@@ -39,16 +46,20 @@ class ProgressBar:
     def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._draw()
-            self._bar.close()
+        if self._bar is not None:
+            with suppress(*_BROKEN):
+                self._bar.close()
 
     def _totals(self) -> tuple[int, float, int, float]:
         c = self._counters
         return c.prefill_tokens, c.prefill_seconds, c.decode_tokens, c.decode_seconds
 
     def _draw(self) -> None:
-        assert self._bar is not None
         spent = [now - before for now, before in zip(self._totals(), self._start, strict=True)]
         prefill = spent[0] / spent[1] if spent[1] else 0.0
         decode = spent[2] / spent[3] if spent[3] else 0.0
-        self._bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False)
-        self._bar.refresh()
+        try:
+            self._bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False)
+            self._bar.refresh()
+        except _BROKEN:  # a closed pipe must not cost the results
+            self._bar = None

@@ -2,7 +2,9 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any
 
 
@@ -12,20 +14,34 @@ def _range(low: float | None, high: float | None) -> str:
     return f" of at least {low}" if high is None else f" from {low} to {high}"
 
 
-def check_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> None:
-    """Raise TypeError unless ``value`` is an int (bool is not), ValueError unless it is within [low, high]."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+def _scalar(value: Any) -> Any:
+    """A tensor or array of one number as that number; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def check_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """``value`` as an int; TypeError unless it is a whole number (bool is not), ValueError unless in [low, high]."""
+    value = _scalar(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a whole number{_range(low, high)}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}; it must be a whole number{_range(low, high)}")
+    number = int(value)
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"{name} is {number}; it must be a whole number{_range(low, high)}")
+    return number
 
 
-def check_number(name: str, value: Any, low: float | None = None, high: float | None = None) -> None:
-    """Raise TypeError unless ``value`` is a number, ValueError unless it is finite and within [low, high]."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+def check_number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
+    """``value`` as a float; TypeError unless it is a number, ValueError unless it is finite and in [low, high]."""
+    value = _scalar(value)
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number{_range(low, high)}")
-    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{name} is {value}; it must be a finite number{_range(low, high)}")
+    return number
 
 
 def check_bool(name: str, value: Any) -> None:
