@@ -216,10 +216,10 @@ class TestAgainstTheNaiveReference:
         simulation.compute_history()
         out = simulation.compute_queries()
         assert out.dtype == dtype
-        # Scores of this size are off by a few parts in 2^8 (2^11), and so is their exponential.
-        error = (out.double() - simulation.expected()).abs()
-        assert error.max() < 32 * torch.finfo(dtype).eps
-        assert error.mean() < 2 * torch.finfo(dtype).eps
+        # Scores, weights and sums are rounded to the dtype once each; a softmax in it too would exceed the mean.
+        error = (out.double() - simulation.expected()).abs() / torch.finfo(dtype).eps
+        assert error.max() < 16
+        assert error.mean() < 0.65
 
     @every_backend
     def test_float16_scores_beyond_its_largest_number(self, name: str) -> None:

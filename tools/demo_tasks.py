@@ -188,8 +188,10 @@ def introduce(rng: random.Random) -> Turn:
             "Hi, I'm {name}.",
             "Hello, my name is {name}.",
             "{name} here.",
+            "Hello from {name}.",
+            "They call me {name}.",
+            "Hi! This is {name}.",
         ]
-        opening += ["Hello from {name}.", "They call me {name}.", "Hi! This is {name}."]
     said = phrase(rng, opening, name=name)
     if topic == "who I am" and rng.random() < 0.2:
         question = phrase(rng, ["Introduce yourself to {name}.", "Tell {name} who you are."], name=name)
@@ -214,8 +216,10 @@ def add(rng: random.Random) -> Turn:
         "{a} + {b} =",
         "{a} + {b}",
         "How much is {a} plus {b}?",
+        "Compute {a} + {b}.",
+        "What is the sum of {a} and {b}?",
+        "Calculate {a} plus {b}.",
     ]
-    templates += ["Compute {a} + {b}.", "What is the sum of {a} and {b}?", "Calculate {a} plus {b}."]
     steps, carry = [], 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -234,8 +238,10 @@ def subtract(rng: random.Random) -> Turn:
         "{a} - {b} =",
         "{a} - {b}",
         "How much is {a} minus {b}?",
+        "Compute {a} - {b}.",
+        "Take {b} away from {a}.",
+        "What is the difference of {a} and {b}?",
     ]
-    templates += ["Compute {a} - {b}.", "Take {b} away from {a}.", "What is the difference of {a} and {b}?"]
     steps, borrow = [], 0
     for place in range(len(str(a))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -252,8 +258,7 @@ def count(rng: random.Random) -> Turn:
     if kind == "words":
         items = rng.sample(WORDS, rng.randint(2, 8))
         content = " ".join(items)
-        templates = ["How many words are there: {w}", "Count the words: {w}"]
-        templates += ["How many words does this list have: {w}"]
+        templates = ["How many words are there: {w}", "Count the words: {w}", "How many words does this list have: {w}"]
         thought = ", ".join(f"{i} {word}" for i, word in enumerate(items, 1))
         return Turn(phrase(rng, templates, w=content), thought, f"There are {len(items)} words.", content)
     step = rng.choice([2, 3, 5, 10]) if kind == "steps" else 1
@@ -295,15 +300,18 @@ def sort(rng: random.Random) -> Turn:
         separator = ", "
         descending = rng.random() < 0.4
         if descending:
-            templates = ["Sort in descending order: {x}", "Sort from largest to smallest: {x}"]
-            templates += ["Sort these numbers, largest first: {x}"]
+            templates = [
+                "Sort in descending order: {x}",
+                "Sort from largest to smallest: {x}",
+                "Sort these numbers, largest first: {x}",
+            ]
         else:
             templates = [
                 "Sort these numbers: {x}",
                 "Sort in ascending order: {x}",
                 "Sort from smallest to largest: {x}",
+                "Put these numbers in order: {x}",
             ]
-            templates += ["Put these numbers in order: {x}"]
     steps: list[str] = []
     done: list[str] = []
     for item in items:
@@ -392,8 +400,8 @@ def words(rng: random.Random) -> Turn:
         "Reverse these words: {w}",
         "Write these words in reverse order: {w}",
         "Say these words backwards: {w}",
+        "Reverse the order of the words: {w}",
     ]
-    templates += ["Reverse the order of the words: {w}"]
     thought = ", ".join(f"{i} {word}" for i, word in enumerate(items, 1))
     return Turn(phrase(rng, templates, w=text), thought, " ".join(reversed(items)), text)
 
@@ -451,8 +459,13 @@ def fill_json(rng: random.Random) -> Turn:
     sentence = rng.choice(sentences).format(**values)
     keys = rng.sample(list(values), rng.randint(2, 4))
     listed = ", ".join(keys[:-1]) + " and " + keys[-1]
-    templates = ["Fill a JSON record with {k}: {s}", "Make a JSON record with {k} from this sentence: {s}"]
-    templates += ["Extract {k} as JSON: {s}", "{s} Write {k} as JSON.", "{s} Fill a JSON record with {k}."]
+    templates = [
+        "Fill a JSON record with {k}: {s}",
+        "Make a JSON record with {k} from this sentence: {s}",
+        "Extract {k} as JSON: {s}",
+        "{s} Write {k} as JSON.",
+        "{s} Fill a JSON record with {k}.",
+    ]
     thought = ", ".join(f"{key}: {value}" for key, value in values.items() if key in keys)
     answer = json.dumps({key: values[key] for key in keys})
     return Turn(phrase(rng, templates, k=listed, s=sentence), thought, answer, sentence)
@@ -581,20 +594,14 @@ def manners(rng: random.Random) -> Turn:
         "Tell me a joke about a {w}.",
         "Write a poem about the {w}.",
         "Who was {p}?",
-    ]
-    templates += [
         "Why is the {w} so big?",
         "Translate {w} into French.",
         "What is the meaning of life?",
         "Explain the {w}.",
-    ]
-    templates += [
         "How do I cook {f}?",
         "What is the weather in {c}?",
         "Write a story about {p} and the {w}.",
         "Is a {w} alive?",
-    ]
-    templates += [
         "What does a {w} look like?",
         "When was {p} born?",
         "Write a program that prints {w}.",
