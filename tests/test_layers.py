@@ -275,14 +275,17 @@ class TestRotaryEmbedding:
         torch.testing.assert_close(product(7, 3), product(400, 396), rtol=1e-4, atol=1e-4)
         assert abs(product(7, 3) - product(7, 4)) > 1e-2
 
-    def test_a_type_that_rotates_part_of_a_head_is_refused(self, tmp_path: Path) -> None:
-        config = model_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    @pytest.mark.parametrize("kind", ["default", "linear"])
+    @pytest.mark.parametrize("beside", [True, False])
+    def test_rotating_part_of_a_head_is_refused(self, tmp_path: Path, kind: str, beside: bool) -> None:
+        """Wherever the file says so: among the rope parameters, or beside them."""
+        assert rope_frequencies(model_config(tmp_path, **ROPES[kind]), 512)[0].shape == (16,)
         values = json.loads((tmp_path / "config.json").read_text())
-        rope = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
-        values |= {"rope_parameters": rope, "partial_rotary_factor": 0.5, "rope_scaling": rope}
+        rope = {"rope_type": kind, "factor": 2.0}
+        values |= {"rope_parameters": rope, "rope_scaling": rope}
+        (values if beside else rope)["partial_rotary_factor"] = 0.5
         (tmp_path / "config.json").write_text(json.dumps(values))
-        assert rope_frequencies(config, 512)[0].shape == (16,)
-        with pytest.raises(ValueError, match=r"partial_rotary_factor|only whole heads are supported"):
+        with pytest.raises(ValueError, match=r"partial_rotary_factor is 0\.5; only rotary embeddings of whole heads"):
             rope_frequencies(load_model_config(str(tmp_path)), 512)
 
 

@@ -302,7 +302,7 @@ class TestUnsupported:
             ({"rope_scaling": 4}, "rope_parameters is 4.*dictionary"),
             (
                 {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-                "partial_rotary_factor is not supported",
+                "partial_rotary_factor is 0.5; only rotary embeddings of whole heads",
             ),
             ({"vocab_size": None}, "vocab_size is missing .*positive whole number"),
             ({"num_hidden_layers": 0}, "num_hidden_layers is 0 .*positive whole number"),

@@ -53,9 +53,13 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Tensor, float]:
     """Inverse frequencies, float32 [head_dim / 2], and the factor of cosines and sines."""
     rope = config.rope
+    for values in (rope.parameters, config.values):  # it stands in either place
+        if values.get("partial_rotary_factor") not in (None, 1.0):
+            raise ValueError(
+                f"partial_rotary_factor is {values['partial_rotary_factor']}; only rotary embeddings of whole heads "
+                "are supported"
+            )
     if rope.rope_type == "default":
-        if rope.parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("partial_rotary_factor is not supported: the rotary embedding must cover the whole head")
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         return 1.0 / (rope.theta**exponents), 1.0
 
