@@ -250,6 +250,16 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"model\.safetensors is damaged or cut short"):
             make_llm(checkpoint)
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+    def test_a_quantized_tensor_is_not_mistaken_for_weights(self, checkpoint: Path, dtype: torch.dtype) -> None:
+        def quantize(tensors: dict[str, torch.Tensor]) -> None:
+            name = "model.layers.1.mlp.down_proj.weight"
+            tensors[name] = tensors[name].to(dtype)
+
+        edit_tensors(checkpoint, quantize)
+        with pytest.raises(ValueError, match=r"quantized, which is not supported: model.layers.1.mlp.down_proj.weight"):
+            make_llm(checkpoint)
+
     def test_missing_unexpected_and_misshapen_tensors_are_listed_together(self, checkpoint: Path) -> None:
         def spoil(tensors: dict[str, torch.Tensor]) -> None:
             del tensors["model.norm.weight"]

@@ -104,12 +104,14 @@ class TestCpuMemory:
 
     def test_the_cache_takes_a_share_of_what_is_available(self) -> None:
         assert kv_budget(torch.device("cpu"), 0, 0.9) == int(memory.CPU_SHARE * 64 * GIB)
+        assert kv_budget(torch.device("cpu"), 32 * GIB, 0.9) == int(memory.CPU_SHARE * 32 * GIB)
+        assert kv_budget(torch.device("cpu"), 65 * GIB, 0.9) == 0
         assert 0.1 < memory.CPU_SHARE < 0.9
 
     def test_no_room_for_a_single_block(self, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000, total=GIB))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_190_000, total=GIB))
         with pytest.raises(ValueError, match=r"no memory is left for the KV cache on cpu: a block of .* tokens takes"):
-            LLM(tiny_checkpoint, device="cpu", skip_tokenizer_init=True)
+            LLM(tiny_checkpoint, device="cpu", skip_tokenizer_init=True, kvcache_block_size=512)
 
     def test_no_more_blocks_than_the_residents_can_use(self, tiny_checkpoint: Path) -> None:
         with LLM(

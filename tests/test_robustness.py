@@ -662,3 +662,22 @@ def test_an_index_cannot_name_files_outside_its_directory(tiny_checkpoint: Path,
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="outside its directory"):
         make_llm(tmp_path / "model")
+
+
+@pytest.mark.parametrize("ambient", [torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16)], ids=str)
+def test_the_callers_torch_contexts_change_nothing(
+    tiny_checkpoint: Path, reference: Reference, ambient: torch.device | torch.autocast
+) -> None:
+    with ambient, make_llm(tiny_checkpoint, dtype="float32") as llm:
+        output = llm.generate([[5, 6, 7]], greedy(), use_tqdm=False)[0]
+    assert output.outputs[0].token_ids == reference([5, 6, 7], 8)
+
+
+def test_lengths_whose_tables_do_not_fit_are_refused_with_the_numbers(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_model_len is 10000000000 and max_num_seqs 512: .* bytes.*lower one"):
+        make_llm(
+            tiny_checkpoint,
+            max_model_len=10**10,
+            hf_overrides={"max_position_embeddings": 10**10},
+            num_kvcache_blocks=None,
+        )

@@ -167,10 +167,16 @@ class MatmulStep(AttentionStep):
         scores = self._scores(queries, self._gathered(keys, group.gather, pairs))
         scores = scores.view(rows, spec.num_kv_heads, queries.shape[1], -1)
         weights = torch.softmax(scores.masked_fill_(group.beyond, float("-inf")), dim=-1).to(values.dtype)
+        weights = weights.view(pairs, queries.shape[1], -1)
         context = self._gathered(values, group.gather, pairs)
-        # Positions past a context hold what some earlier sequence left; times zero, an infinity there would be NaN.
-        context.view(-1, spec.head_dim).index_fill_(0, group.stale, 0)
-        return torch.bmm(weights.view(pairs, queries.shape[1], -1), context).view(rows, spec.num_heads, spec.head_dim)
+        # Positions past a context hold what some earlier sequence left, or nothing yet. Their weight is 0, but times an
+        # infinity that is NaN. On the CPU a look at the small product is cheaper than to clear them every time.
+        can_look = q.device.type == "cpu"
+        attended = torch.bmm(weights, context) if can_look else None
+        if attended is None or not attended.isfinite().all():
+            context.view(-1, spec.head_dim).index_fill_(0, group.stale, 0)
+            attended = torch.bmm(weights, context)
+        return attended.view(rows, spec.num_heads, spec.head_dim)
 
     def _scores(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Scaled products of queries [pairs, n, head_dim] and keys [pairs, length, head_dim], at least in float32."""

@@ -68,6 +68,11 @@ class BatchState:
         self.noise_keys = torch.zeros(num_slots, 2, dtype=torch.int32, device=device)
         self.params: dict[int, SamplingParams] = {}  # by slot, on the host: for the flags of SamplingRows
 
+    @staticmethod
+    def num_bytes(num_slots: int, max_model_len: int, block_size: int) -> int:
+        """Bytes of the tables that grow with ``max_model_len``; the others are negligible."""
+        return 4 * num_slots * (max_model_len + 1 + -(-max_model_len // block_size))
+
     def apply(self, plan: StepPlan) -> None:
         """Take in what changed since the last step."""
         for slot in plan.released:

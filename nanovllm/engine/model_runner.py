@@ -13,6 +13,7 @@ from nanovllm.engine.batch_state import BatchState
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import pack_weights
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.sampler import Sampler, SamplingRows
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
@@ -74,6 +75,9 @@ class ModelRunner:
         backend_class = select_backend(config.attention_backend, spec)
         self.block_size = config.kvcache_block_size or backend_class.default_block_size
         self.attention = backend_class(replace(spec, block_size=self.block_size))
+        # A resident holds at least one block, so more slots than blocks would never be filled.
+        self.num_slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
+        self._check_tables()
         started = time.perf_counter()
         self.model = model_class(model_config, max_model_len, parallel, self.dtype, self.device)
         load_weights(self.model, model_config.path, self.model.resolve_weight)
@@ -85,13 +89,16 @@ class ModelRunner:
         self.attention.allocate_cache(self.num_kvcache_blocks)
         budget = config.max_num_batched_tokens
         self.max_step_tokens = min(budget, CPU_STEP_TOKENS) if self.device.type == "cpu" else budget
-        # A resident holds at least one block, so more slots than blocks would never be filled.
-        self.num_slots = min(config.max_num_seqs, self.num_kvcache_blocks)
+        self.num_slots = min(self.num_slots, self.num_kvcache_blocks)
         self.batch_state = BatchState(self.num_slots, max_model_len, self.block_size, self.device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
         """Apply a plan's changes, run its rows, and sample. Returns without waiting for the device."""
+        with torch.autocast(self.device.type, enabled=False):  # the caller's autocast is not for us
+            return self._execute(plan)
+
+    def _execute(self, plan: StepPlan) -> StepHandle:
         self.batch_state.apply(plan)
         step = self.batch_state.step_input(plan)
         hidden = self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
@@ -112,13 +119,27 @@ class ModelRunner:
         """Size of the KV cache."""
         return self.num_kvcache_blocks * self.block_size * self.attention.spec.bytes_per_token()
 
+    def _table_bytes(self) -> int:
+        """Bytes of the batch state, which is allocated after the KV cache."""
+        return BatchState.num_bytes(self.num_slots, self.max_model_len, self.block_size)
+
+    def _check_tables(self) -> None:
+        """Refuse lengths whose tables alone do not fit, before anything large is allocated."""
+        rotary_bytes = RotaryEmbedding.num_bytes(self.model_config.head_dim, self.max_model_len)
+        needed, free = self._table_bytes() + rotary_bytes, free_memory(self.device)
+        if needed > free:
+            raise ValueError(
+                f"max_model_len is {self.max_model_len} and max_num_seqs {self.config.max_num_seqs}: their tables take "
+                f"{needed:,} bytes, and {free:,} are free on {self.device} (lower one of them)"
+            )
+
     def _size_kv_cache(self, spec: AttentionSpec) -> int:
         """Blocks of the KV cache: as told, else what memory and the largest possible need allow."""
         block_bytes = self.block_size * spec.bytes_per_token()
         blocks_per_sequence = -(-self.max_model_len // self.block_size)
         if self.config.num_kvcache_blocks is not None:
             wanted = self.config.num_kvcache_blocks
-            free = free_memory(self.device)
+            free = max(0, free_memory(self.device) - self._table_bytes())
             if wanted * block_bytes > free:
                 raise ValueError(
                     f"num_kvcache_blocks is {wanted}: at {block_bytes:,} bytes each they take {wanted * block_bytes:,} "
@@ -126,7 +147,7 @@ class ModelRunner:
                 )
             return wanted
         peak = self._profile_activations() if self.device.type == "cuda" else 0
-        budget = kv_budget(self.device, peak, self.config.gpu_memory_utilization)
+        budget = kv_budget(self.device, peak + self._table_bytes(), self.config.gpu_memory_utilization)
         num_blocks = min(budget // block_bytes, self.config.max_num_seqs * blocks_per_sequence)
         if self.device.type == "mps":
             num_blocks = min(num_blocks, MPS_DEFAULT_BLOCKS)
@@ -134,7 +155,8 @@ class ModelRunner:
             raise ValueError(
                 f"no memory is left for the KV cache on {self.device}: a block of {self.block_size} tokens takes "
                 f"{block_bytes:,} bytes and {max(0, budget):,} may be used (free memory, lower "
-                "max_num_batched_tokens, raise gpu_memory_utilization on CUDA, or set num_kvcache_blocks)"
+                "max_num_batched_tokens, max_num_seqs or max_model_len, raise gpu_memory_utilization on CUDA, or set "
+                "num_kvcache_blocks)"
             )
         return num_blocks
 

@@ -30,10 +30,16 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device) -> None:
         super().__init__()
         inverse_frequencies, scaling = rope_frequencies(config, max_model_len)
-        angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * inverse_frequencies[None, :]
+        positions = torch.arange(max_model_len, dtype=torch.float32, device=inverse_frequencies.device)
+        angles = positions[:, None] * inverse_frequencies[None, :]
         # float32 [max_model_len, head_dim / 2]; both halves of a head turn by the same angles
         self.register_buffer("cos", (angles.cos() * scaling).to(device), persistent=False)
         self.register_buffer("sin", (angles.sin() * scaling).to(device), persistent=False)
+
+    @staticmethod
+    def num_bytes(head_dim: int, max_model_len: int) -> int:
+        """Bytes of both tables."""
+        return 4 * head_dim * max_model_len
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the tables for ``positions`` [tokens]: cosines and sines, float32 [tokens, 1, head_dim / 2]."""
@@ -60,7 +66,7 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Ten
                 "are supported"
             )
     if rope.rope_type == "default":
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
         return 1.0 / (rope.theta**exponents), 1.0
 
     # Imported late: the default type, which nearly every checkpoint has, does without.

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class TensorSource(Protocol):
@@ -45,6 +46,10 @@ class Span:
 
 class ShapeMismatchError(ValueError):
     """A checkpoint tensor does not have the shape that the configuration says."""
+
+
+class QuantizedTensorError(ValueError):
+    """A checkpoint tensor is of a dtype whose numbers are not weights without the scales that belong to them."""
 
 
 Loader = Callable[[nn.Parameter, TensorSource, str], None]
@@ -76,13 +81,17 @@ def copy_span(target: torch.Tensor, source: TensorSource, dim: int, span: Span) 
 
     Raises:
         ShapeMismatchError: ``source`` has another shape than ``target`` with ``span.total`` along ``dim``.
+        QuantizedTensorError: Its elements are not floating-point numbers of at least 16 bits.
     """
     expected = list(target.shape)
     expected[dim] = span.total
     if source.get_shape() != expected:
         raise ShapeMismatchError(f"has shape {source.get_shape()}, expected {expected}")
     index = (slice(None),) * dim + (slice(span.start, span.start + span.length),)
-    target.copy_(source[index])
+    tensor = source[index]
+    if tensor.dtype not in _PLAIN_DTYPES:
+        raise QuantizedTensorError(f"has dtype {str(tensor.dtype).removeprefix('torch.')}")
+    target.copy_(tensor)
 
 
 def find_shards(path: str) -> list[str]:
@@ -142,8 +151,10 @@ def load_weights(model: nn.Module, path: str, resolve: Callable[[str], tuple[str
     wanted = {(name, shard) for name, parameter in parameters.items() for shard in parameter.shard_ids}  # type: ignore[attr-defined]
     unexpected: list[str] = []
     misshapen: list[str] = []
+    quantized: list[str] = []
     for shard_path in find_shards(path):
-        with _open(shard_path) as file:
+        # safetensors makes its tensors on torch's default device, which may be another, or none at all ("meta")
+        with torch.device("cpu"), _open(shard_path) as file:
             for name in file.keys():  # noqa: SIM118
                 target = resolve(name)
                 if target is None:
@@ -158,12 +169,15 @@ def load_weights(model: nn.Module, path: str, resolve: Callable[[str], tuple[str
                     parameter.load(parameter, file.get_slice(name), target[1])  # type: ignore[attr-defined]
                 except ShapeMismatchError as error:
                     misshapen.append(f"{name} {error}")
+                except QuantizedTensorError as error:
+                    quantized.append(f"{name} {error}")
     problems = [
         f"{kind}: {'; '.join(sorted(names))}"
         for kind, names in (
             ("missing", [f"{name}[{shard}]" if shard else name for name, shard in wanted]),
             ("unexpected", unexpected),
             ("of the wrong shape", misshapen),
+            ("quantized, which is not supported", quantized),
         )
         if names
     ]

@@ -85,13 +85,13 @@ def free_memory(device: torch.device) -> int:
     return available_cpu_memory()
 
 
-def kv_budget(device: torch.device, activation_peak: int, utilization: float) -> int:
-    """KV cache bytes that fit ``device`` now."""
+def kv_budget(device: torch.device, needed: int, utilization: float) -> int:
+    """KV cache bytes that fit ``device`` now, once ``needed`` bytes are left for everything else."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        return cuda_kv_budget(total, free, torch.cuda.memory_reserved(device), activation_peak, utilization)
+        return cuda_kv_budget(total, free, torch.cuda.memory_reserved(device), needed, utilization)
     if device.type == "mps":
-        return int(MPS_SHARE * free_memory(device))
-    return int(CPU_SHARE * free_memory(device))
+        return int(MPS_SHARE * max(0, free_memory(device) - needed))
+    return int(CPU_SHARE * max(0, free_memory(device) - needed))
