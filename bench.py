@@ -1,7 +1,7 @@
 """Throughput benchmark: output tokens a second on random token ids, every request run to its full length.
 
     python bench.py --preset mini                                # the demo checkpoint: seconds
-    python bench.py --preset mini --random-weights qwen3-0.6b    # a published shape: about a minute
+    python bench.py --preset mini --random-weights qwen3-0.6b    # a published shape: about half a minute
     python bench.py --preset mini --random-weights qwen3-0.6b --engine nanovllm,hf --repeats 3
     python bench.py --model PATH --workload 64:16-64:16-64 --workload 32:1-16:32-32:1024 --json results.json
 
@@ -140,7 +140,7 @@ class NanovllmEngine:
         self.llm.reset_prefix_cache()  # or a repeat would find all of its prompts computed
         before = self.llm.get_metrics()
         start = time.perf_counter()
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
         seconds = time.perf_counter() - start
         check_lengths("nanovllm", [len(out.outputs[0].token_ids) for out in outputs], requests.output_lens)
         after = self.llm.get_metrics()
@@ -269,9 +269,12 @@ def print_machine(report: dict[str, Any]) -> None:
     print("software ", ", ".join(f"{name} {version}" for name, version in software.items()), "\n", flush=True)
 
 
+def print_workload(workload: Workload, requests: Requests, repeats: int) -> None:
+    tokens = f"{requests.prompt_tokens} prompt + {requests.output_tokens} output tokens"
+    print(f"\nworkload {workload}: {tokens}{f', {repeats} times' if repeats > 1 else ''}", flush=True)
+
+
 def print_measurement(measured: dict[str, Any]) -> None:
-    tokens = f"{measured['prompt_tokens']} prompt + {measured['output_tokens']} output tokens"
-    print(f"\nworkload {measured['workload']}: {tokens}")
     for name, result in measured["results"].items():
         speed = f"{result['output_tokens_per_second']:10.2f} output tok/s"
         line = f"  {name:<9}{result['median_seconds']:9.2f} s {speed}"
@@ -342,7 +345,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model", demo)
     which = group.add_mutually_exclusive_group()
     which.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint folder")
-    shapes = "bfloat16, written on first use, without a download"
+    shapes = "bfloat16, written on first use (0.6b: 1.2 GB), without a download"
     which.add_argument("--random-weights", choices=SHAPES, type=str.lower, help=shapes)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm" / "random-weights"
     cache_help = "where random weights are kept for the next run (default: %(default)s)"
@@ -434,6 +437,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             engine.run(drawn[0].warm_up())
             print(f"{name} ready in {engine.startup_seconds:.2f} s: {engine.describe()}", flush=True)
         for workload, requests in zip(workloads, drawn, strict=True):
+            print_workload(workload, requests, args.repeats)
             measured = {"workload": str(workload), **measure(engines, requests, args.repeats)}
             report["workloads"].append(measured)
             print_measurement(measured)
@@ -457,6 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -1,7 +1,7 @@
 """Ask a model a few things.
 
 python example.py                                 # the bundled demo checkpoint, two prompts
-python example.py "add 12 and 30" "count to 7"    # your own prompts
+python example.py "add 12 and 30" "count from 1 to 7"    # your own prompts
 python example.py --model PATH --thinking         # any Qwen3 checkpoint folder
 """
 
@@ -23,7 +23,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", metavar="PATH", default=DEMO_MODEL_PATH, help="default: the demo checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share the model (this version: 1)")
     add("--max-tokens", type=int, metavar="N", help="most tokens an answer has (default: 512; thinking 2048)")
     add("--temperature", type=float, metavar="T", help="0 is greedy (default: demo checkpoint 0, others 0.6)")
     add("--thinking", action=argparse.BooleanOptionalAction, default=False, help="think before the answer")
@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"example.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -139,8 +139,8 @@ class LLM:
         with self._lock:
             if engine.has_unfinished_requests:
                 raise RuntimeError(
-                    f"{engine.num_unfinished_requests} requests are still in the engine; run engine.step() until they "
-                    "are finished, or abort them, before calling generate()"
+                    f"the engine still has unfinished requests ({engine.num_unfinished_requests}); run engine.step() "
+                    "until they are finished, or abort them, before calling generate()"
                 )
             requests = engine.prepare(prompt_list, params)
             try:

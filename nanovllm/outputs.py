@@ -71,7 +71,12 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = field(default=None)
 
+    __iter__ = None  # or Python would try the keys 0, 1, ...
+
+    def __contains__(self, key: object) -> bool:
+        return key in ("text", "token_ids")
+
     def __getitem__(self, key: str) -> Any:
-        if key not in ("text", "token_ids"):
+        if key not in self:
             raise KeyError(f"{key!r}; a RequestOutput answers 'text' and 'token_ids' (the rest are attributes)")
         return getattr(self.outputs[0], key)

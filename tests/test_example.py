@@ -1,6 +1,7 @@
 """example.py answers its two prompts with the demo checkpoint and runs any other checkpoint folder."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_example(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(EXAMPLE), *argv], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_the_questions_that_the_documentation_suggests_are_answered_right(tmp_path: Path, example: ModuleType) -> None:
+    answers = {
+        "add 12 and 30": "12 + 30 = 42",
+        "count from 1 to 7": "1, 2, 3, 4, 5, 6, 7",
+        "what is 96 minus 48?": "96 - 48 = 48",
+        "count from 3 to 9": "3, 4, 5, 6, 7, 8, 9",
+        "sort these numbers: 58, 31, 77, 12": "12, 31, 58, 77",
+        "reverse these words: apple river stone": "stone river apple",
+        "say stone 3 times": "stone stone stone",
+        "list all primes up to 50": "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47.",
+    }
+    readme = (EXAMPLE.parent / "README.md").read_text()
+    menu = readme[readme.index("few other words: try") : readme.index("## What it runs")]
+    suggested = re.findall(r"`([^`]+)`", menu) + re.findall(r'"([^"]+)"', str(example.__doc__))
+    assert set(suggested) == set(answers)
+    done = run_example("--device", "cpu", *answers, cwd=tmp_path)
+    for (question, answer), said in zip(answers.items(), done.stdout.split("Prompt: ")[1:], strict=True):
+        assert said.startswith(f"{question}\n")
+        assert said.split("\n")[1].endswith(answer)
 
 
 @pytest.mark.parametrize("thinking", ["--no-thinking", "--thinking"])

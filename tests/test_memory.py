@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
+from nanovllm.engine.batch_state import BatchState
 from nanovllm.utils import memory
 from nanovllm.utils.memory import available_cpu_memory, cuda_kv_budget, kv_budget, peak_cpu_memory
 from tests.threads import one_thread  # noqa: F401
@@ -127,8 +128,15 @@ class TestCpuMemory:
 
     def test_more_blocks_than_fit_are_refused(self, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
         """At 16 tokens, 3 layers and 2 heads of 32 floats for keys and values, a block takes 24 KiB."""
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * 24 * 1024, total=GIB))
-        arguments: dict[str, Any] = {"device": "cpu", "skip_tokenizer_init": True, "kvcache_block_size": 16}
+        state = BatchState.num_bytes(1, 512, 16)
+        available = 100 * 24 * 1024 + state
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=GIB))
+        arguments: dict[str, Any] = {
+            "device": "cpu",
+            "skip_tokenizer_init": True,
+            "kvcache_block_size": 16,
+            "max_num_seqs": 1,
+        }
         with pytest.raises(ValueError, match=r"num_kvcache_blocks is 101: .*at most 100 blocks fit"):
             LLM(tiny_checkpoint, num_kvcache_blocks=101, **arguments)
         LLM(tiny_checkpoint, num_kvcache_blocks=100, **arguments).close()

@@ -3,6 +3,7 @@
 import functools
 import gc
 import io
+import itertools
 import json
 import os
 import random
@@ -446,7 +447,7 @@ def test_a_failing_step_leaves_an_engine_that_takes_new_requests(
 
 def test_generate_does_not_mix_with_requests_that_were_added_by_hand(shared_llm: LLM) -> None:
     request_id = shared_llm.engine.add_request([1, 2], greedy())
-    with pytest.raises(RuntimeError, match="1 requests are still in the engine"):
+    with pytest.raises(RuntimeError, match=r"unfinished requests \(1\)"):
         generate(shared_llm, [[3]])
     assert shared_llm.engine.abort(request_id) is not None
     assert_empty(shared_llm)
@@ -522,6 +523,9 @@ class Screen(io.StringIO):
 
     num_redraws = 0
 
+    def isatty(self) -> bool:
+        return True
+
     def write(self, text: str) -> int:
         self.num_redraws += text.count("\r")
         return super().write(text)
@@ -541,6 +545,18 @@ def test_the_progress_bar_is_drawn_ten_times_a_second_at_most(shared_llm: LLM, m
     assert "tok/s" in screen.getvalue()
     assert 4 <= screen.num_redraws <= 10 * now[0] + 4  # and when it appears and when it ends
     assert "2/2" in screen.getvalue()
+
+
+def test_a_progress_bar_that_goes_to_a_file_is_not_drawn_over_and_over(
+    shared_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.count(0, 0.05)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
+    shared_llm.generate([[1], [2]], greedy(300))
+    assert next(now) > 15
+    assert "2/2" in file.getvalue()
+    assert file.getvalue().count("\r") <= 10  # once after ten seconds, and when it appears and ends
 
 
 def test_without_a_progress_bar_nothing_is_shown(shared_llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
@@ -569,6 +585,27 @@ def test_the_log_is_silent_unless_asked_and_then_shows_each_plan(tiny_checkpoint
         assert any("attention backend" in line for line in lines)
         assert sum("3 tokens of 1 sequences" in line for line in lines) == 1
         assert sum("1 tokens of 1 sequences" in line for line in lines) == 1
+
+
+def test_a_log_level_that_does_not_exist_is_warned_of_and_ends_no_program() -> None:
+    environment = {**os.environ, "NANOVLLM_LOG_LEVEL": "verbose"}
+    code = "import nanovllm; print('goes on')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "goes on\n"
+    assert "NANOVLLM_LOG_LEVEL is 'verbose'; use one of DEBUG, INFO" in done.stderr
+
+
+def test_what_a_tokenizer_returns_is_a_prompt(shared_llm: LLM, reference: Reference) -> None:
+    encoding = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}
+    assert generate(shared_llm, [encoding]) == [reference([5, 6, 7], 8)]
+    assert generate(shared_llm, encoding) == [reference([5, 6, 7], 8)]
+    with pytest.raises(ValueError, match=r"prompt 1 is padded .*encode each prompt by itself"):
+        generate(shared_llm, [encoding, {"input_ids": [0, 5], "attention_mask": [0, 1]}])
+
+
+def test_a_chat_message_is_not_a_prompt(shared_llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"the prompt is a chat message; .*apply_chat_template"):
+        generate(shared_llm, [{"role": "user", "content": "hello"}])
 
 
 def test_the_table_of_known_defects_names_tests_that_exist() -> None:

@@ -30,7 +30,7 @@ def parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
 
     Args:
         name: What error messages call it.
-        prompt: A string, token ids, or a dictionary with "prompt" or "prompt_token_ids".
+        prompt: A string, token ids, or a dictionary with "prompt", "prompt_token_ids", or a tokenizer's "input_ids".
 
     Raises:
         TypeError: It, or a part of it, has the wrong type.
@@ -38,6 +38,10 @@ def parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
     """
     if isinstance(prompt, Mapping):
         keys = [str(key) for key in prompt]
+        if "input_ids" in keys:
+            return None, _encoded_ids(name, prompt)
+        if {"role", "content"} <= set(keys):
+            raise ValueError(f"{name} is a chat message; render messages with tokenizer.apply_chat_template first")
         if not keys or not set(keys) <= {"prompt", "prompt_token_ids"}:
             raise ValueError(f"{name} has the keys {keys}; use 'prompt' (text) or 'prompt_token_ids'")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
@@ -59,6 +63,13 @@ def _check_text(name: str, text: Any) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not valid Unicode ({error}); replace the lone surrogates in it") from error
+
+
+def _encoded_ids(name: str, encoding: Mapping[str, Any]) -> list[int]:
+    """Token ids of what a transformers tokenizer returns for one text."""
+    if not all(_plain(encoding.get("attention_mask", [1]))):
+        raise ValueError(f"{name} is padded (its attention_mask has zeros); encode each prompt by itself")
+    return _token_ids(f"{name}['input_ids']", encoding["input_ids"])
 
 
 def _token_ids(name: str, ids: Any) -> list[int]:

@@ -7,6 +7,7 @@ shows every step's plan, its shapes and why a backend was chosen.
 
 import logging
 import os
+import warnings
 
 LEVEL_VARIABLE = "NANOVLLM_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -15,8 +16,7 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def configure_logging() -> None:
     """Print what ``NANOVLLM_LOG_LEVEL`` asks for to stderr; without it, leave logging to the application.
 
-    Raises:
-        ValueError: The variable names no level.
+    A name that is no level is warned of and left alone: a library must not end the program that imports it.
     """
     logger = logging.getLogger("nanovllm")
     logger.addHandler(logging.NullHandler())
@@ -24,7 +24,9 @@ def configure_logging() -> None:
     if not name:
         return
     if name not in _LEVELS:
-        raise ValueError(f"{LEVEL_VARIABLE} is {name!r}; use one of {', '.join(_LEVELS)}")
+        given = os.environ[LEVEL_VARIABLE]
+        warnings.warn(f"{LEVEL_VARIABLE} is {given!r}; use one of {', '.join(_LEVELS)}", stacklevel=2)
+        return
     logger.setLevel(name)
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()

@@ -5,9 +5,11 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from tqdm import tqdm as std_tqdm
 from tqdm.auto import tqdm
 
 REDRAW_SECONDS = 0.1  # a redraw a step would cost more than a small model's step
+LOG_SECONDS = 10.0  # between two lines of a bar that goes to a file
 
 _BROKEN = (OSError, ValueError)  # what writing to a stream that went away raises
 
@@ -27,8 +29,11 @@ class ProgressBar:
         if enabled and sys.stderr is not None:  # None: a program without a console
             with suppress(*_BROKEN):
                 self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True)
+        # A plain bar that goes to a file writes a line, not over the last one. A notebook's bar is of another class.
+        logged = type(self._bar) is std_tqdm and not sys.stderr.isatty()
+        self._redraw_seconds = LOG_SECONDS if logged else REDRAW_SECONDS
         self._start = self._totals()
-        self._drawn = 0.0
+        self._drawn = time.perf_counter() if logged else 0.0
 
     def update(self, num_finished: int) -> None:
         """Note that this many more requests have finished."""
@@ -36,7 +41,7 @@ class ProgressBar:
             return
         self._bar.n += num_finished
         now = time.perf_counter()
-        if now - self._drawn >= REDRAW_SECONDS:
+        if now - self._drawn >= self._redraw_seconds:
             self._drawn = now
             self._draw()
 
