@@ -5,7 +5,6 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from tqdm import tqdm as std_tqdm
 from tqdm.auto import tqdm
 
 REDRAW_SECONDS = 0.1  # a redraw a step would cost more than a small model's step
@@ -29,8 +28,8 @@ class ProgressBar:
         if enabled and sys.stderr is not None:  # None: a program without a console
             with suppress(*_BROKEN):
                 self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True)
-        # A plain bar that goes to a file writes a line, not over the last one. A notebook's bar is of another class.
-        logged = type(self._bar) is std_tqdm and not sys.stderr.isatty()
+        # A file keeps every redraw. A notebook's stream is no terminal either, but its bar is drawn in place.
+        logged = self._bar is not None and not sys.stderr.isatty() and "ipykernel" not in sys.modules
         self._redraw_seconds = LOG_SECONDS if logged else REDRAW_SECONDS
         self._start = self._totals()
         self._drawn = time.perf_counter() if logged else 0.0
