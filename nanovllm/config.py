@@ -20,7 +20,7 @@ class EngineConfig:
         tokenizer: Directory of the tokenizer; the model's by default.
         skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
         dtype: Of weights, activations and KV cache: auto (the checkpoint's), bfloat16, float16 or float32.
-        device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu.
+        device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu; a ``torch.device`` is kept by its name.
         seed: The noise of requests that have no seed of their own derives from this.
         tensor_parallel_size: Ranks that share the model.
         max_model_len: Most tokens of a sequence, prompt and output together; by default the model's, at most 4096.
@@ -59,25 +59,40 @@ class EngineConfig:
     num_kvcache_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        check_bool("skip_tokenizer_init", self.skip_tokenizer_init)
-        check_bool("enforce_eager", self.enforce_eager)
-        check_bool("enable_prefix_caching", self.enable_prefix_caching)
-        if self.dtype not in DTYPES:
+        def keep(name: str, value: object) -> None:  # as Python's own, whichever kind was given
+            object.__setattr__(self, name, value)
+
+        for name in ("skip_tokenizer_init", "enforce_eager", "enable_prefix_caching"):
+            keep(name, check_bool(name, getattr(self, name)))
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
-        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+        device = str(self.device)  # torch.device writes itself like this, too
+        if not re.fullmatch(r"auto|(cpu|mps)(:0)?|cuda(:[0-9]+)?", device):
             raise ValueError(f"device is {self.device!r}; use auto, cuda, cuda:N, mps or cpu")
+        keep("device", device if device.startswith("cuda") else device.removesuffix(":0"))
+        if not isinstance(self.attention_backend, str):
+            raise TypeError(
+                f"attention_backend is {self.attention_backend!r} ({type(self.attention_backend).__name__}); "
+                "it must be auto or the name of a backend"
+            )
         if not isinstance(self.hf_overrides, dict):
             raise TypeError(f"hf_overrides is {self.hf_overrides!r}; it must be a dictionary of config.json entries")
-        check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
-        check_int("tensor_parallel_size", self.tensor_parallel_size, low=1)
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            check_int(name, getattr(self, name), low=1)
+        for key in self.hf_overrides:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"hf_overrides has the key {key!r} ({type(key).__name__}); its keys must be names of "
+                    "config.json entries"
+                )
+        keep("seed", check_int("seed", self.seed, low=-(2**63), high=2**64 - 1))
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
+            keep(name, check_int(name, getattr(self, name), low=1))
         for name in ("kvcache_block_size", "num_kvcache_blocks"):
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), low=1)
-        if self.max_model_len is not None:
-            check_int("max_model_len", self.max_model_len, low=2)  # one prompt token and one output token
-        check_number("gpu_memory_utilization", self.gpu_memory_utilization, low=0.01, high=1.0)
+                keep(name, check_int(name, getattr(self, name), low=1))
+        if self.max_model_len is not None:  # one prompt token and one output token
+            keep("max_model_len", check_int("max_model_len", self.max_model_len, low=2))
+        utilization = check_number("gpu_memory_utilization", self.gpu_memory_utilization, low=0.01, high=1.0)
+        keep("gpu_memory_utilization", utilization)
         for name in ("model", "tokenizer"):
             path = getattr(self, name)
             if path is not None and not os.path.isdir(path):

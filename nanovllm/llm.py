@@ -1,23 +1,28 @@
 """The facade a user calls."""
 
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine import calls
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.prompts import Prompt, as_prompt_list
-from nanovllm.outputs import RequestOutput
+from nanovllm.engine.request import PreparedRequest
+from nanovllm.engine.tokenizer import as_conversations, render_chat
+from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.progress import ProgressBar
+from nanovllm.utils.validation import unknown_argument
+
+Params = SamplingParams | Sequence[SamplingParams | None] | None
+ON_ERROR = ("raise", "return")
 
 
 class LLM:
     """A language model, loaded and ready to generate.
 
     It is a context manager; :meth:`close`, or dropping the last reference, frees its memory. Several can live side
-    by side.
+    by side. Calls from several threads share the engine's steps.
 
     Args:
         model: Directory of a Hugging Face checkpoint.
@@ -87,7 +92,6 @@ class LLM:
             **unknown,
         )
         self._engine: LLMEngine | None = LLMEngine(config)
-        self._lock = threading.RLock()
 
     @property
     def engine(self) -> LLMEngine:
@@ -99,10 +103,13 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        sampling_params: Params = None,
         use_tqdm: bool = True,
+        *,
+        on_error: str = "raise",
+        **unknown: Any,
     ) -> list[RequestOutput]:
-        """Generate a completion for each prompt.
+        """Generate completions for each prompt.
 
         Everything is checked before any work starts. If the call fails or is interrupted, its requests are dropped
         and the engine is ready for the next call.
@@ -113,6 +120,8 @@ class LLM:
             sampling_params: For all prompts, or a list with one for each; None takes the defaults that the
                 checkpoint's generation_config.json names.
             use_tqdm: Show a progress bar.
+            on_error: "raise" runs nothing if any prompt is bad; "return" runs the good ones and gives for each bad one
+                an output with finish reason "error" and the message in ``error``.
 
         Returns:
             An output a prompt, in the prompts' order.
@@ -120,36 +129,204 @@ class LLM:
         Raises:
             TypeError: A prompt or parameter has the wrong type.
             ValueError: A prompt is empty or does not fit, or there are not as many parameters as prompts.
+            RuntimeError: The engine was closed, or a step failed in another thread, while the call ran.
         """
-        engine = self.engine
+        _no_unknown("generate", unknown, ("prompts", "sampling_params", "use_tqdm", "on_error"))
         prompt_list = as_prompt_list(prompts)
-        if isinstance(sampling_params, (SamplingParams, type(None))):
-            params: list[SamplingParams | None] = [sampling_params] * len(prompt_list)
-        elif isinstance(sampling_params, Sequence) and not isinstance(sampling_params, (str, bytes)):
-            params = list(sampling_params)
-            if len(params) != len(prompt_list):
-                raise ValueError(
-                    f"there are {len(prompt_list)} prompts and {len(params)} sampling_params; "
-                    "give one for each prompt, or a single one for all"
-                )
-        else:
-            raise TypeError(
-                f"sampling_params is a {type(sampling_params).__name__}; pass a SamplingParams or a list of them"
+        return self._generate(prompt_list, _params_list(sampling_params, len(prompt_list)), use_tqdm, on_error)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_error: str = "raise",
+        **unknown: Any,
+    ) -> list[RequestOutput]:
+        """Answer conversations: render them with the chat template and generate.
+
+        Args:
+            messages: A conversation, ``[{"role": "user", "content": "..."}, ...]``, or a list of conversations.
+            sampling_params: As for :meth:`generate`.
+            use_tqdm: Show a progress bar.
+            chat_template: A Jinja template instead of the tokenizer's.
+            add_generation_prompt: End with the beginning of an answer.
+            continue_final_message: Continue the last message instead of answering it; needs
+                ``add_generation_prompt=False``.
+            tools: Functions the model may call, as the template takes them.
+            chat_template_kwargs: More arguments of the template, such as ``{"enable_thinking": False}``.
+            on_error: As for :meth:`generate`.
+
+        Returns:
+            An output a conversation, in their order.
+
+        Raises:
+            TypeError: A message or parameter has the wrong type.
+            ValueError: The template refuses a conversation, or as :meth:`generate` does.
+        """
+        _no_unknown("chat", unknown, ("messages", "sampling_params", "use_tqdm", *_CHAT_OPTIONS, "on_error"))
+        prompts = self.render_chat(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self._generate(prompts, _params_list(sampling_params, len(prompts)), use_tqdm, on_error)
+
+    def render_chat(
+        self,
+        messages: Any,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Prompt]:
+        """Conversations as prompts, for :meth:`stream`, :meth:`generate_iter` and :meth:`score`.
+
+        Arguments and errors are those of :meth:`chat`.
+        """
+        tokenizer = self.get_tokenizer()
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("continue_final_message needs add_generation_prompt=False: it is one or the other")
+        conversations, _ = as_conversations(messages)
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = render_chat(
+                tokenizer,
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
             )
-        with self._lock:
-            if engine.has_unfinished_requests:
-                raise RuntimeError(
-                    f"the engine still has unfinished requests ({engine.num_unfinished_requests}); run engine.step() "
-                    "until they are finished, or abort them, before calling generate()"
-                )
-            requests = engine.prepare(prompt_list, params)
-            try:
-                ids = [engine.add_prepared(request) for request in requests]
-                outputs = self._run(len(ids), use_tqdm)
-            except BaseException:  # Ctrl-C included: nothing may be left over for the next call
-                engine.reset()
-                raise
-        return [outputs[request_id] for request_id in ids]
+            # The template has put in the special tokens.
+            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+        return prompts
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+    ) -> Generator[StreamOutput, None, None]:
+        """Generate, and yield each new piece of text as it is made.
+
+        Everything is checked at once; the work starts when the first piece is asked for. Closing the generator, or
+        leaving its loop, aborts what is left. Other calls may run meanwhile.
+
+        Args:
+            prompts: As for :meth:`generate`.
+            sampling_params: As for :meth:`generate`.
+
+        Yields:
+            Pieces in the order in which they come. A completion's pieces make up its text; the last one has its finish
+            reason, and that of a request's last completion the whole output.
+
+        Raises:
+            As :meth:`generate` does.
+        """
+        prompt_list = as_prompt_list(prompts)
+        prepared = self._prepare(prompt_list, _params_list(sampling_params, len(prompt_list)), "raise")
+        return calls.stream(self.engine, [request for request in prepared if isinstance(request, PreparedRequest)])
+
+    def generate_iter(
+        self,
+        prompts: Iterable[Any],
+        sampling_params: SamplingParams | None = None,
+        *,
+        ordered: bool = True,
+        max_in_flight: int | None = None,
+        on_error: str = "raise",
+    ) -> Generator[RequestOutput, None, None]:
+        """Generate for prompts from an iterator, which may be endless, and yield the outputs as they finish.
+
+        Args:
+            prompts: Prompts, or ``(prompt, SamplingParams)`` pairs. They are taken as there is room for them.
+            sampling_params: Of prompts that come without their own; None takes the checkpoint's defaults.
+            ordered: Yield in the order of the prompts. Otherwise as they finish: ``output.prompt_index`` tells which.
+            max_in_flight: Most prompts taken whose requests have not finished; by default twice ``max_num_seqs``, which
+                keeps the engine busy.
+            on_error: "raise" ends at a bad prompt; "return" yields for it an output with finish reason "error".
+
+        Yields:
+            An output a prompt.
+
+        Raises:
+            TypeError: As :meth:`generate` does.
+            ValueError: As :meth:`generate` does.
+            Exception: Whatever the iterator raises. All errors come after the outputs of the prompts before.
+        """
+        _check_on_error(on_error)
+        engine = self.engine
+        room = max_in_flight if max_in_flight is not None else 2 * engine.config.max_num_seqs
+        if isinstance(room, bool) or not isinstance(room, int) or room < 1:
+            raise ValueError(f"max_in_flight is {max_in_flight!r}; it must be a whole number of at least 1")
+        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
+            raise TypeError(
+                f"sampling_params is a {type(sampling_params).__name__}; pass a SamplingParams, or (prompt, "
+                "SamplingParams) pairs as prompts"
+            )
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+            raise TypeError(f"prompts is a {type(prompts).__name__}; pass an iterable of prompts")
+        return calls.iterate(engine, iter(prompts), sampling_params, ordered=ordered, room=room, on_error=on_error)
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt],
+        use_tqdm: bool = True,
+    ) -> list[ScoreOutput]:
+        """Log-likelihoods of given continuations, without generating.
+
+        Text is tokenised together, so that the tokens are those of the whole text; where they run across the border,
+        the continuation's are its own.
+
+        Args:
+            prompts: One prompt for all continuations, or a list with one for each. Equal beginnings are computed once.
+            continuations: One or a list of them, in the forms of a prompt.
+            use_tqdm: Show a progress bar.
+
+        Returns:
+            A score a continuation, in their order.
+
+        Raises:
+            TypeError: A prompt or continuation has the wrong type.
+            ValueError: One is empty, they do not fit together into the context, or their numbers differ.
+        """
+        prompt_list, continuation_list = as_prompt_list(prompts), as_prompt_list(continuations)
+        if len(prompt_list) == 1:
+            prompt_list = prompt_list * len(continuation_list)
+        if len(prompt_list) != len(continuation_list):
+            raise ValueError(
+                f"there are {len(prompt_list)} prompts and {len(continuation_list)} continuations; give as many, or "
+                "one prompt for all"
+            )
+        engine = self.engine
+        pairs = [
+            engine.intake.tokenize_pair(index, prompt, continuation)
+            for index, (prompt, continuation) in enumerate(zip(prompt_list, continuation_list, strict=True))
+        ]
+        requests = [engine.intake.prepare_scored(f"pair {index}", *pair) for index, pair in enumerate(pairs)]
+        outputs = calls.run(engine, requests, use_tqdm)
+        return [_score(output, len(prompt)) for output, (prompt, _) in zip(outputs, pairs, strict=True)]
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now, with finish reason "abort"; the call that waits for it gets what it has.
+
+        May be called from anywhere: another thread, a signal handler, the loop over a stream.
+
+        Returns:
+            What it has; None if no such request is unfinished, or if it ends with the step that is running.
+        """
+        return self.engine.abort(request_id)
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's tokenizer (transformers'); ValueError with skip_tokenizer_init."""
@@ -157,31 +334,36 @@ class LLM:
             raise ValueError("there is no tokenizer: the LLM was made with skip_tokenizer_init=True")
         return self.engine.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The sampling parameters that the checkpoint's generation_config.json names."""
+        return self.engine.default_params
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        self.engine.scheduler.block_manager.reset_prefix_cache()
+        self.engine.reset_prefix_cache()
 
     def get_metrics(self) -> dict[str, Any]:
         """Facts and totals since the start.
 
         Returns:
             device, dtype, attention_backend; startup_seconds; num_kvcache_blocks, kvcache_block_size (tokens),
-            kvcache_bytes, kvcache_blocks_used, peak_kvcache_blocks_used; output_tokens (sampled); prefill_tokens
-            (computed of prompts, and of outputs again after a preemption) and prefill_seconds (of steps that computed
-            any); decode_tokens and decode_seconds (of steps that only decoded); prompt_tokens, cached_tokens and
-            finished_requests of the requests that ended; num_preemptions.
+            kvcache_bytes, kvcache_blocks_used, peak_kvcache_blocks_used; waiting_requests, running_requests;
+            output_tokens (sampled); prefill_tokens (computed of prompts, and of outputs again after a preemption) and
+            prefill_seconds (of steps that computed any); decode_tokens and decode_seconds (of steps that only
+            decoded); prompt_tokens, cached_tokens, prefix_hit_rate (their quotient) and finished_requests of the
+            requests that ended; num_preemptions; time_to_first_token and time_per_output_token (after the first) of
+            the latest requests, in seconds, as {"p50": ..., "p90": ..., "p99": ...}, None before there are any.
         """
         return self.engine.metrics()
 
     def close(self) -> None:
         """Free the model and its KV cache. The LLM cannot be used afterwards; closing it twice does nothing.
 
-        Waits for a call to generate in another thread.
+        A call that runs in another thread ends with a RuntimeError.
         """
-        with self._lock:
-            engine, self._engine = self._engine, None
-            if engine is not None:
-                engine.close()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def __enter__(self) -> "LLM":
         return self
@@ -189,13 +371,62 @@ class LLM:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
-        """Step until everything is finished."""
-        engine = self.engine
-        outputs: dict[str, RequestOutput] = {}
-        with ProgressBar(engine, num_requests, enabled=use_tqdm) as bar:
-            while engine.has_unfinished_requests:
-                finished = engine.step()
-                outputs.update((output.request_id, output) for output in finished)
-                bar.update(len(finished))
-        return outputs
+    def _generate(
+        self, prompts: list[Any], params: list[SamplingParams | None], use_tqdm: bool, on_error: str
+    ) -> list[RequestOutput]:
+        return calls.run(self.engine, self._prepare(prompts, params, on_error), use_tqdm, prompts)
+
+    def _prepare(
+        self, prompts: list[Any], params: list[SamplingParams | None], on_error: str
+    ) -> list[PreparedRequest | Exception]:
+        _check_on_error(on_error)
+        prepared = self.engine.intake.prepare(prompts, params)
+        for request in prepared:
+            if isinstance(request, Exception) and on_error == "raise":
+                raise request
+        return prepared
+
+
+_CHAT_OPTIONS = (
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tools",
+    "chat_template_kwargs",
+)
+
+
+def _no_unknown(where: str, unknown: Mapping[str, Any], known: Iterable[str]) -> None:
+    for name in unknown:
+        raise unknown_argument(where, name, known)
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {on_error!r}; use one of {', '.join(ON_ERROR)}")
+
+
+def _params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParams | None]:
+    """Parameters for each prompt."""
+    if isinstance(sampling_params, (SamplingParams, type(None))):
+        return [sampling_params] * num_prompts
+    if not isinstance(sampling_params, Sequence) or isinstance(sampling_params, (str, bytes)):
+        raise TypeError(
+            f"sampling_params is a {type(sampling_params).__name__}; pass a SamplingParams or a list of them"
+        )
+    if len(sampling_params) != num_prompts:
+        raise ValueError(
+            f"there are {num_prompts} prompts and {len(sampling_params)} sampling_params; "
+            "give one for each prompt, or a single one for all"
+        )
+    return list(sampling_params)
+
+
+def _score(output: RequestOutput, num_prompt_tokens: int) -> ScoreOutput:
+    if output.error is not None or output.prompt_logprobs is None:
+        raise RuntimeError(f"request {output.request_id} failed: {output.error}")
+    token_ids = output.prompt_token_ids[num_prompt_tokens:]
+    known = output.prompt_logprobs[num_prompt_tokens:]
+    found = [entry[token] for token, entry in zip(token_ids, known, strict=True) if entry is not None]
+    logprobs = [logprob.logprob for logprob in found]
+    return ScoreOutput(sum(logprobs), token_ids, logprobs, all(logprob.rank == 1 for logprob in found))

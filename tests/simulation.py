@@ -11,7 +11,7 @@ import nanovllm
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.step_plan import StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 23
@@ -36,7 +36,7 @@ def continuation(seq: Sequence) -> list[int]:
     output: list[int] = []
     while len(output) < seq.max_output_tokens:
         output.append(next_token(prefix_hash, seq.noise_key))
-        if output[-1] in seq.eos_token_ids:
+        if output[-1] in seq.stop_token_ids:
             break
         prefix_hash = extend_hash(prefix_hash, output[-1])
     return output
@@ -156,8 +156,10 @@ class Simulation:
         *,
         eos: tuple[int, ...] = (),
         noise_key: int = 0,
+        leader: Sequence | None = None,
+        first_logprob: int | None = None,
     ) -> Sequence:
-        """Queue a prompt."""
+        """Queue a prompt, or another completion of the leader's."""
         number = len(self.sequences)
         seq = Sequence(
             f"request {number}",
@@ -167,6 +169,8 @@ class Simulation:
             max_output_tokens=max_tokens,
             eos_token_ids=eos,
             noise_key=noise_key,
+            leader=leader,
+            first_logprob=first_logprob,
         )
         assert len(prompt) + max_tokens <= self.scheduler.max_tokens_per_sequence()
         self.sequences.append(seq)
@@ -185,7 +189,8 @@ class Simulation:
 
     def land(self) -> list[Sequence]:
         """Tell the scheduler the tokens of the oldest step in flight; returns the sequences that got one."""
-        advanced = self.scheduler.update(*self.in_flight.popleft())
+        plan, tokens = self.in_flight.popleft()
+        advanced = self.scheduler.update(plan, StepResult(tokens))
         self.scheduler.check_integrity()
         self.first_tokens += [seq.number for seq in advanced if seq.num_output_tokens == 1]
         return advanced
@@ -228,7 +233,7 @@ class Simulation:
                 assert seq.output_token_ids == expected[: seq.num_output_tokens]
             else:
                 assert seq.output_token_ids == expected
-                assert seq.finish_reason == ("stop" if expected[-1] in seq.eos_token_ids else "length")
+                assert seq.finish_reason == ("stop" if expected[-1] in seq.stop_token_ids else "length")
             assert seq.block_table == []
         assert self.manager.num_free_blocks == self.manager.num_blocks
         assert not self.scheduler.has_unfinished

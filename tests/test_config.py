@@ -97,6 +97,9 @@ class TestValidation:
             ("device", "cuda:first", "use auto, cuda, cuda:N, mps or cpu"),
             ("device", "", "use auto, cuda, cuda:N, mps or cpu"),
             ("device", 0, "use auto, cuda, cuda:N, mps or cpu"),
+            ("device", torch.device("meta"), "use auto, cuda, cuda:N, mps or cpu"),
+            ("device", "cuda:\u0663", "use auto, cuda, cuda:N, mps or cpu"),
+            ("dtype", [], "use one of auto, bfloat16, float16, float32"),
             ("seed", 2**64, SEEDS),
             ("seed", -(2**63) - 1, SEEDS),
             ("tensor_parallel_size", 0, "whole number of at least 1"),
@@ -134,6 +137,8 @@ class TestValidation:
             ("tokenizer", 7, "path of a directory"),
             ("hf_overrides", "rope", "dictionary of config.json entries"),
             ("hf_overrides", [("a", 1)], "dictionary of config.json entries"),
+            ("attention_backend", [], "auto or the name of a backend"),
+            ("attention_backend", None, "auto or the name of a backend"),
             ("seed", 1.5, SEEDS),
             ("seed", None, SEEDS),
             ("tensor_parallel_size", "2", "whole number of at least 1"),
@@ -173,6 +178,52 @@ class TestValidation:
     )
     def test_the_edges_of_what_is_allowed(self, here: str, arguments: dict[str, Any]) -> None:
         EngineConfig.from_arguments(here, **arguments)
+
+    def test_the_keys_of_overrides_are_names(self, here: str) -> None:
+        with pytest.raises(TypeError, match=r"hf_overrides has the key 5 \(int\); its keys must be names"):
+            EngineConfig(model=here, hf_overrides={5: 1})  # type: ignore[dict-item]
+
+    @pytest.mark.parametrize(
+        ("name", "given"),
+        [
+            ("max_num_batched_tokens", np.array(64)),
+            ("max_num_seqs", np.int16(7)),
+            ("max_model_len", np.uint8(200)),
+            ("tensor_parallel_size", np.int8(1)),
+            ("kvcache_block_size", torch.tensor(8)),
+            ("num_kvcache_blocks", np.int32(9)),
+            ("seed", np.uint64(2**64 - 1)),
+            ("gpu_memory_utilization", np.float16(0.5)),
+            ("gpu_memory_utilization", torch.tensor(0.25)),
+            ("gpu_memory_utilization", 1),
+            ("enforce_eager", np.True_),
+            ("enable_prefix_caching", torch.tensor(False)),
+            ("skip_tokenizer_init", np.array(True)),
+        ],
+        ids=lambda value: value if isinstance(value, str) else repr(value),
+    )
+    def test_numbers_of_any_kind_are_kept_as_pythons(self, here: str, name: str, given: Any) -> None:
+        """An array could be changed in place afterwards, and a number of 16 bits overflows."""
+        kept = getattr(EngineConfig(model=here, **{name: given}), name)
+        default = getattr(EngineConfig(model=here), name)
+        assert type(kept) is (int if default is None else type(default))
+        assert kept == given
+
+    @pytest.mark.parametrize(
+        ("given", "name"),
+        [
+            (torch.device("cpu"), "cpu"),
+            (torch.device("cpu", 0), "cpu"),
+            (torch.device("mps:0"), "mps"),
+            (torch.device("cuda"), "cuda"),
+            (torch.device("cuda", 0), "cuda:0"),
+            ("cuda:10", "cuda:10"),
+        ],
+        ids=str,
+    )
+    def test_devices_of_torch(self, here: str, given: Any, name: str) -> None:
+        kept = EngineConfig(model=here, device=given).device
+        assert (type(kept), kept) == (str, name)
 
     @pytest.mark.parametrize(
         ("given", "name"),

@@ -13,7 +13,7 @@ from nanovllm.engine import block_manager
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.step_plan import StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 from tests.simulation import run_traced
 
@@ -26,7 +26,7 @@ MAX_TOKENS = 1024
 def step(scheduler: Scheduler) -> StepPlan:
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.update(plan, [7] * sum(plan.samples))
+    scheduler.update(plan, StepResult([7] * sum(plan.samples)))
     return plan
 
 

@@ -20,16 +20,30 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"llm", "config", *PLAIN},  # nanovllm/__init__.py
     "__main__": {"cli"},
     "cli": {"", "llm", "demo", "config", *PLAIN},
-    "llm": {"engine.llm_engine", "engine.prompts", "config", *PLAIN},
+    "llm": {
+        "engine.calls",
+        "engine.llm_engine",
+        "engine.prompts",
+        "engine.request",
+        "engine.tokenizer",
+        "config",
+        *PLAIN,
+    },
     "demo": set(),
     "engine": set(),
+    "engine.calls": {"engine.llm_engine", "engine.request", *PLAIN},
+    "engine.intake": {"engine.prompts", "engine.request", "engine.tokenizer", *PLAIN},
     "engine.llm_engine": {
+        "engine.intake",
         "engine.scheduler",
         "engine.block_manager",
         "engine.sequence",
         "engine.step_plan",
         "engine.prompts",
+        "engine.metrics",
         "engine.model_runner",
+        "engine.request",
+        "engine.tokenizer",
         "engine.workers",
         "models",  # the names of the architectures
         "config",
@@ -38,19 +52,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.prompts": PLAIN,
     "engine.scheduler": {"engine.block_manager", "engine.sequence", "engine.step_plan", *PLAIN},
     "engine.block_manager": {"engine.sequence", *PLAIN},
-    "engine.sequence": PLAIN,
+    "engine.request": {"engine.sequence", "engine.step_plan", "engine.detokenizer", *PLAIN},
+    "engine.metrics": {"engine.sequence", "engine.step_plan"},
+    "engine.tokenizer": set(),
+    "engine.sequence": {"engine.step_plan", *PLAIN},
     "engine.step_plan": PLAIN,
+    "engine.detokenizer": set(),
     "engine.workers": {"engine.model_runner", "engine.step_plan", "config", *PLAIN},
     "engine.model_runner": {
         "engine.batch_state",
         "engine.cuda_graphs",
+        "engine.step_handle",
         "engine.step_plan",
         "config",
         "models",
         *MODEL,
     },
+    "engine.step_handle": {"engine.step_plan", *MODEL},
+    "engine.logit_rules": {"engine.step_plan", *PLAIN},
     "engine.cuda_graphs": {"engine.batch_state", "engine.step_plan", "config", *MODEL},
-    "engine.batch_state": {"engine.step_plan", *MODEL, *PLAIN},
+    "engine.batch_state": {"engine.step_plan", "engine.logit_rules", *MODEL, *PLAIN},
     "models": MODEL,
     "layers": {"attention", "kernels", *UTILS},
     "attention": {"kernels", *UTILS},
@@ -175,6 +196,6 @@ def test_scheduling_runs_where_there_is_no_torch() -> None:
         "queue = scheduler.Scheduler(block_manager.BlockManager(4, 4), 2, 8)\n"
         "queue.add(sequence.Sequence('a', 0, [1, 2, 3], SamplingParams(), max_output_tokens=2))\n"
         "while queue.has_unfinished:\n"
-        "    queue.update(queue.schedule(), [5])\n"
+        "    queue.update(queue.schedule(), step_plan.StepResult([5]))\n"
     )
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 import weakref
 from collections.abc import Callable
@@ -14,8 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.rotary_embedding import rope_frequencies
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils import loader
+from nanovllm.utils.loader import load_weights
 from nanovllm.utils.model_config import load_model_config
 from nanovllm.utils.random_checkpoint import write_random_checkpoint
 from tests.checkpoints import load_reference, make_model, reference_greedy, reference_logits, write_checkpoint
@@ -196,6 +200,45 @@ class TestLayouts:
             model = llm.engine.runner.model
             assert model.lm_head.weight is model.model.embed_tokens.weight
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_a_copied_head_may_lie_in_any_file_and_is_compared_in_pieces(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    ) -> None:
+        tensors = load_file(checkpoint / "model.safetensors")
+        (checkpoint / "model.safetensors").unlink()
+        table = tensors["model.embed_tokens.weight"]
+        save_file({"lm_head.weight": table.clone()}, checkpoint / "model-00001-of-00002.safetensors")
+        save_file(tensors, checkpoint / "model-00002-of-00002.safetensors")
+        itemsize = getattr(torch, dtype).itemsize
+        monkeypatch.setattr(loader, "_COMPARED_BYTES", 50 * 64 * itemsize)  # 50 of the 211 rows
+        reads = ReadRecorder(monkeypatch)
+        with make_llm(checkpoint, dtype=dtype):
+            assert reads.sizes[-5:] == [50 * 64 * 4] * 4 + [11 * 64 * 4]
+            assert reads.total_bytes == sum(tensor.nbytes for tensor in tensors.values()) + table.nbytes
+            assert reads.live_bytes == 0
+
+    def test_each_rank_compares_its_own_rows_of_a_copied_head(self, checkpoint: Path) -> None:
+        def add_head(tensors: dict[str, torch.Tensor]) -> None:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+        def spoil_last_row(tensors: dict[str, torch.Tensor]) -> None:
+            tensors["lm_head.weight"][-1] += 1
+
+        config = load_model_config(str(checkpoint))
+
+        def load(rank: int) -> None:
+            group = ParallelGroup(rank, 2)
+            model = Qwen3ForCausalLM(config, 16, group, torch.float32, torch.device("cpu"))
+            load_weights(model, str(checkpoint), model.resolve_weight)
+
+        edit_tensors(checkpoint, add_head)
+        load(0)
+        load(1)
+        edit_tensors(checkpoint, spoil_last_row)
+        load(0)
+        with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+            load(1)
+
     def test_untied_checkpoint_uses_its_own_head(self, tmp_path: Path) -> None:
         path = write_checkpoint(tmp_path, num_hidden_layers=1, tie_word_embeddings=False)
         expected = reference_logits(load_reference(path), PROMPT)[-1]
@@ -221,6 +264,19 @@ class TestDamage:
         if name == "model.safetensors.index.json":  # which is read only where there is no model.safetensors
             (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")
         (checkpoint / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}.*download it again"):
+            make_llm(checkpoint)
+
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+    @pytest.mark.parametrize(
+        "contents",
+        [b'{"weight_map": "\xff"}', b"[" * 100_000, b'{"vocab_size": ' + b"9" * 5000 + b"}"],
+        ids=["not UTF-8", "nested too deep", "a number of 5000 digits"],
+    )
+    def test_json_beyond_what_can_be_read_is_named(self, checkpoint: Path, name: str, contents: bytes) -> None:
+        if name == "model.safetensors.index.json":
+            (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")
+        (checkpoint / name).write_bytes(contents)
         with pytest.raises(ValueError, match=rf"{name}.*download it again"):
             make_llm(checkpoint)
 
@@ -283,6 +339,49 @@ class TestDamage:
         assert "model.layers.0.mlp.down_proj.weight has shape [64, 95], expected [64, 96]" in misshapen
         assert "model.layers.0.self_attn.q_norm.weight has shape [16], expected [32]" in misshapen
 
+    def test_a_tied_head_of_its_own_is_refused_with_the_way_to_use_it(self, checkpoint: Path) -> None:
+        """Versions of transformers disagree on which of the two to take."""
+
+        def add_head(tensors: dict[str, torch.Tensor]) -> None:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+
+        edit_tensors(checkpoint, add_head)
+        remedy = {"tie_word_embeddings": False}
+        with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding.*or delete it") as caught:
+            make_llm(checkpoint)
+        assert f"hf_overrides={remedy}" in str(caught.value)
+        edit_config(checkpoint, remedy)
+        expected = reference_logits(load_reference(checkpoint), PROMPT)[-1]
+        edit_config(checkpoint, {"tie_word_embeddings": True})
+        assert (next_token_logits(checkpoint, hf_overrides=remedy) - expected).abs().max() < 1e-4
+
+    @pytest.mark.parametrize(
+        ("head", "message"),
+        [
+            (torch.zeros(210, 64), r"wrong shape: lm_head\.weight has shape \[210, 64\], expected \[211, 64\]"),
+            (torch.zeros(211, 64, dtype=torch.int8), r"quantized, which is not supported: lm_head\.weight"),
+        ],
+        ids=["shape", "dtype"],
+    )
+    def test_a_tied_head_that_cannot_be_a_copy(self, checkpoint: Path, head: torch.Tensor, message: str) -> None:
+        edit_tensors(checkpoint, lambda tensors: tensors.update({"lm_head.weight": head}))
+        with pytest.raises(ValueError, match=message):
+            make_llm(checkpoint)
+
+    def test_a_tied_head_is_not_compared_with_an_embedding_that_is_absent(self, checkpoint: Path) -> None:
+        def rename(tensors: dict[str, torch.Tensor]) -> None:
+            tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+        edit_tensors(checkpoint, rename)
+        with pytest.raises(ValueError, match=r"missing: model\.embed_tokens\.weight") as caught:
+            make_llm(checkpoint)
+        assert "differs" not in str(caught.value)
+
+    @pytest.mark.parametrize("vocab_size", [10**12, 10**30])
+    def test_a_weight_that_no_memory_holds(self, checkpoint: Path, vocab_size: int) -> None:
+        with pytest.raises(ValueError, match=rf"a weight of shape \[{vocab_size}, 64\] takes .* bytes.*hf_overrides"):
+            make_llm(checkpoint, hf_overrides={"vocab_size": vocab_size})
+
     @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "head_dim", "num_key_value_heads"])
     def test_a_config_of_another_model_does_not_load(self, checkpoint: Path, key: str) -> None:
         edit_config(checkpoint, {key: 4})
@@ -309,6 +408,33 @@ class TestUnsupported:
             ({"num_key_value_heads": 3}, r"num_attention_heads is 8, which num_key_value_heads \(3\) does not divide"),
             ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type is 'spiral'.*yarn"),
             ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn'.*factor"),
+            ({"rope_scaling": {**YARN, "factor": 0}}, "factor is 0 .*positive, finite"),
+            ({"rope_scaling": {**YARN, "factor": -4.0}}, "factor is -4.0 .*positive, finite"),
+            ({"rope_scaling": {**YARN, "factor": math.inf}}, "factor is inf .*positive, finite"),
+            ({"rope_scaling": {**YARN, "factor": True}}, "factor is True .*positive, finite"),
+            ({"rope_scaling": {**YARN, "attention_factor": math.nan}}, "attention_factor is nan .*positive, finite"),
+            ({"rope_scaling": {**YARN, "mscale": math.nan, "mscale_all_dim": 1.0}}, "mscale is nan .*finite"),
+            ({"rope_scaling": {**YARN, "beta_fast": "a"}}, "beta_fast is 'a' .*positive, finite"),
+            (
+                {"rope_scaling": {**YARN, "original_max_position_embeddings": -5}},
+                "original_max_position_embeddings is -5 .*positive, finite",
+            ),
+            (
+                {"rope_scaling": LONGROPE, "original_max_position_embeddings": "64"},
+                "original_max_position_embeddings is '64' .*positive, finite",
+            ),
+            (
+                {"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 15}},
+                "short_factor has 15 numbers.*head_dim of 32: 16",
+            ),
+            ({"rope_scaling": {**LONGROPE, "long_factor": 2.0}}, "long_factor is 2.0 .*list of positive"),
+            ({"rope_scaling": {**LONGROPE, "long_factor": [0.0] * 16}}, "long_factor is .*list of positive"),
+            ({"rope_scaling": {"rope_typ": "yarn", "factor": 4.0}}, "entry 'rope_typ'; did you mean 'rope_type'"),
+            ({"rope_scaling": {"rope_type": "yarn", "rope_tetha": 5.0}}, "'rope_tetha'; did you mean 'rope_theta'"),
+            (
+                {"rope_scaling": {"full_attention": YARN}},
+                r"for each type of layer \(full_attention\).*hf_overrides=\{'rope_parameters': \{'rope_type': 'yarn'",
+            ),
             ({"rope_scaling": 4}, "rope_parameters is 4.*dictionary"),
             (
                 {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -318,7 +444,13 @@ class TestUnsupported:
             ({"num_hidden_layers": 0}, "num_hidden_layers is 0 .*positive whole number"),
             ({"hidden_size": 64.5}, "hidden_size is 64.5 .*positive whole number"),
             ({"intermediate_size": True}, "intermediate_size is True .*positive whole number"),
+            ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.* number of at least 0"),
             ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'; pass dtype='bfloat16'"),
+            ({"architectures": [["Qwen3ForCausalLM"]]}, "architectures is .*list of names"),
+            ({"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true' in .*config.json.* true or false"),
+            ({"attention_bias": 1}, "attention_bias is 1 in .*true or false"),
+            ({"use_sliding_window": "false"}, "use_sliding_window is 'false' in .*true or false"),
+            ({"max_window_layers": "x", "use_sliding_window": True}, "max_window_layers is 'x' in .*whole number"),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
     )
@@ -344,6 +476,30 @@ class TestUnsupported:
         remedy = {"use_sliding_window": False, "layer_types": None}
         assert f"hf_overrides={remedy}" in str(caught.value)
         assert (next_token_logits(checkpoint, hf_overrides=remedy) - expected).abs().max() < 1e-4
+
+    @pytest.mark.parametrize("theta", [math.nan, math.inf, 10**400, -1.0, 0, "5", True])
+    @pytest.mark.parametrize("among", [True, False])
+    def test_rope_theta_that_no_number_is(self, checkpoint: Path, theta: Any, among: bool) -> None:
+        beside = {"rope_parameters": None, "rope_theta": theta}
+        edit_config(checkpoint, {"rope_parameters": {"rope_theta": theta}} if among else beside)
+        with pytest.raises(ValueError, match=r"rope_theta is .*positive, finite number"):
+            load_model_config(str(checkpoint))
+        load_model_config(str(checkpoint), {"rope_theta": 5.0, "rope_parameters": None})  # an override mends it
+
+    def test_rope_theta_of_frequencies_beyond_float32(self, checkpoint: Path) -> None:
+        with pytest.raises(ValueError, match=r"rope_theta 1e-300 .*not finite"):
+            make_llm(checkpoint, hf_overrides={"rope_parameters": {"rope_theta": 1e-300}})
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_unknown_rope_entries_are_named_in_the_log(
+        self, checkpoint: Path, known: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        nothing = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1.0, "mscale": 0, "truncate": True}
+        extra = nothing if known else {"mrope_section": [4, 6, 6]}
+        edit_config(checkpoint, {"rope_scaling": {**YARN, "type": "yarn", **extra}}, remove=("rope_parameters",))
+        with caplog.at_level("WARNING", logger="nanovllm"):
+            rope_frequencies(load_model_config(str(checkpoint)), 512)
+        assert ("an entry 'mrope_section', which is not used" in caplog.text) is not known
 
     def test_sliding_window_that_no_layer_uses_is_no_obstacle(self, checkpoint: Path) -> None:
         edit_config(checkpoint, {"use_sliding_window": True, "max_window_layers": 2}, remove=("layer_types",))
@@ -488,6 +644,7 @@ class ReadRecorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.total_bytes = self.live_bytes = self.peak_bytes = self.largest_bytes = 0
+        self.sizes: list[int] = []
         recorder = self
 
         class Slice:
@@ -519,6 +676,7 @@ class ReadRecorder:
         monkeypatch.setattr(loader, "safe_open", File)
 
     def note(self, tensor: torch.Tensor) -> None:
+        self.sizes.append(tensor.nbytes)
         self.total_bytes += tensor.nbytes
         self.live_bytes += tensor.nbytes
         self.largest_bytes = max(self.largest_bytes, tensor.nbytes)

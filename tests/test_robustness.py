@@ -445,11 +445,12 @@ def test_a_failing_step_leaves_an_engine_that_takes_new_requests(
     assert [output["token_ids"] for output in finish(llm.engine)] == [reference(make_prompt(6), 8)]
 
 
-def test_generate_does_not_mix_with_requests_that_were_added_by_hand(shared_llm: LLM) -> None:
+def test_requests_added_by_hand_run_along_and_wait_to_be_fetched(shared_llm: LLM, reference: Reference) -> None:
     request_id = shared_llm.engine.add_request([1, 2], greedy())
-    with pytest.raises(RuntimeError, match=r"unfinished requests \(1\)"):
-        generate(shared_llm, [[3]])
-    assert shared_llm.engine.abort(request_id) is not None
+    assert generate(shared_llm, [[3] * 5], greedy(20)) == [reference([3] * 5, 20)]
+    assert shared_llm.engine.has_unfinished_requests
+    [output] = shared_llm.engine.step()
+    assert (output.request_id, output["token_ids"]) == (request_id, reference([1, 2], 8))
     assert_empty(shared_llm)
 
 
@@ -633,10 +634,12 @@ def test_a_request_that_overflows_leaves_the_prefix_it_shares_intact(tmp_path: P
         model.model.embed_tokens.weight[7] = float("nan")
     model.save_pretrained(tmp_path)
     prefix = list(range(20, 32))
-    with make_llm(tmp_path, kvcache_block_size=4) as llm:
+    with make_llm(tmp_path, kvcache_block_size=4, max_num_batched_tokens=13) as llm:
         expected = generate(llm, [[*prefix, 3]], greedy(6))
         llm.reset_prefix_cache()
-        generate(llm, [[*prefix, 7, 4]], greedy(3))  # not a number from token 7 on
+        [bad] = llm.generate([[*prefix, 7, 4]], greedy(3), use_tqdm=False)  # not a number from token 7 on
+        assert (bad.outputs[0].finish_reason, bad["token_ids"]) == ("error", [])
+        assert "logits are not finite" in bad.error
         again = llm.generate([[*prefix, 3]], greedy(6), use_tqdm=False)
     assert again[0].num_cached_tokens == 12
     assert [again[0]["token_ids"]] == expected

@@ -18,7 +18,18 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.llm_engine import noise_key
-from nanovllm.layers.sampler import Sampler, SamplingRows, exponential_noise, token_words, truncate
+from nanovllm.layers import sampler as sampler_module
+from nanovllm.layers.logprobs import token_logprobs, top_logprobs
+from nanovllm.layers.sampler import (
+    BLOCK,
+    Sampler,
+    SamplingRows,
+    block_words,
+    exponential_noise,
+    in_blocks,
+    most_likely,
+    token_words,
+)
 from tests.threads import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -40,10 +51,12 @@ def make_rows(
     temperature: float | torch.Tensor = 1.0,
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
+    min_p: float | torch.Tensor = 0.0,
 ) -> SamplingRows:
     count = len(positions)
     temperatures = torch.as_tensor(temperature, dtype=torch.float32).expand(count)
     top_ks, top_ps = torch.as_tensor(top_k).expand(count), torch.as_tensor(top_p, dtype=torch.float32).expand(count)
+    min_ps = torch.as_tensor(min_p, dtype=torch.float32).expand(count)
     sampled = temperatures > 0
     truncated = sampled & ((top_ks > 0) | (top_ps < 1))
     return SamplingRows(
@@ -56,6 +69,8 @@ def make_rows(
         any_greedy=not sampled.all(),
         any_truncated=bool(truncated.any()),
         num_candidates=int(top_ks[truncated].max()) if truncated.any() and (top_ks[truncated] > 0).all() else 0,
+        any_min_p=bool((sampled & (min_ps > 0)).any()),
+        min_p=min_ps,
     )
 
 
@@ -64,29 +79,30 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     return Sampler(logits.shape[1], CPU)(logits.clone(), rows)
 
 
-def draws(logits: torch.Tensor, sort_all: bool = False, **settings: Any) -> torch.Tensor:
+def draws(logits: torch.Tensor, unbounded: bool = False, **settings: Any) -> torch.Tensor:
     """Draws from one row of logits, [requests, positions]: every request at every position.
 
     Args:
         logits: [vocab_size].
-        sort_all: As in a batch with a row of top_p alone, for which the sampler must sort all tokens.
-        settings: temperature, top_k, top_p.
+        unbounded: As in a batch with a row of top_p alone, whose kept tokens may be many.
+        settings: temperature, top_k, top_p, min_p.
     """
     keys = request_keys(NUM_REQUESTS).repeat_interleave(NUM_POSITIONS, dim=0)
     positions = torch.arange(1, NUM_POSITIONS + 1).repeat(NUM_REQUESTS)
     rows = make_rows(keys, positions, **settings)
-    if sort_all:
+    if unbounded:
         rows.num_candidates = 0
     tokens = sample(logits.expand(NUM_DRAWS, -1), rows)
     return tokens.view(NUM_REQUESTS, NUM_POSITIONS)
 
 
 def exact_distribution(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> torch.Tensor:
     """What the parameters mean, token by token in float64."""
     probabilities = torch.softmax(logits.double() / temperature, dim=0).tolist()
     ranking = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    ranking = [token for token in ranking if probabilities[token] >= min_p * probabilities[ranking[0]] - 1e-12]
     if top_k > 0:
         ranking = ranking[:top_k]
     total = sum(probabilities[token] for token in ranking)
@@ -123,7 +139,7 @@ LOGITS = torch.linspace(-1.5, 1.5, 24)[torch.randperm(24, generator=torch.Genera
 class TestDistribution:
     """120,000 draws against the exact probabilities."""
 
-    @pytest.mark.parametrize("sort_all", [False, True])
+    @pytest.mark.parametrize("unbounded", [False, True])
     @pytest.mark.parametrize(
         "settings",
         [
@@ -144,8 +160,8 @@ class TestDistribution:
         ],
         ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items()) or "plain",
     )
-    def test_draws_follow_the_parameters(self, settings: dict[str, Any], sort_all: bool) -> None:
-        assert p_value(draws(LOGITS, sort_all, **settings), exact_distribution(LOGITS, **settings)) > PASSES
+    def test_draws_follow_the_parameters(self, settings: dict[str, Any], unbounded: bool) -> None:
+        assert p_value(draws(LOGITS, unbounded, **settings), exact_distribution(LOGITS, **settings)) > PASSES
 
     @pytest.mark.parametrize(
         ("asked", "drawn"),
@@ -217,10 +233,16 @@ class TestWhatIsKept:
 
     def test_top_p_of_one_keeps_all_whatever_the_sum_rounds_to(self) -> None:
         """In float32 the first probability is 1 already; but it only reaches any smaller top_p."""
-        scores = torch.zeros(4, 1000)
-        scores[:, 3] = 40.0
-        top_k, top_p = torch.tensor([0, 5, 0, 5]), torch.tensor([1.0, 1.0, 1 - 2.0**-24, 1 - 2.0**-24])
-        assert truncate(scores, top_k, top_p).isfinite().sum(dim=1).tolist() == [1000, 5, 1, 1]
+        logits = torch.full((20,), 0.0)
+        logits[3] = 18.0
+        for top_k in (0, 5):
+            kept = top_k or 20
+            distribution = exact_distribution(logits, top_k=top_k)
+            drawn = draws(logits, top_k=top_k, top_p=1.0, temperature=6.0)  # the others have a chance of 5 %
+            assert len(drawn.unique()) == kept
+            assert distribution[3] > 0.99
+        logits[3] = 40.0
+        assert draws(logits, top_k=0, top_p=1 - 2.0**-24).unique().tolist() == [3]
 
     def test_ties_are_kept_in_the_order_of_the_ids(self) -> None:
         logits = torch.tensor([0.0, 2.0, 2.0, 2.0, 0.0])
@@ -228,28 +250,34 @@ class TestWhatIsKept:
         assert draws(logits, temperature=0).unique().tolist() == [1]
         assert p_value(draws(logits, top_k=3), exact_distribution(logits, top_k=3)) > PASSES
 
-    def test_what_is_kept_depends_on_the_row_alone(self) -> None:
-        """Not on how many candidates the other rows make the sampler look at; also where tokens are equally likely."""
-        scores = torch.randint(-5, 6, (200, 40), generator=torch.Generator().manual_seed(0)) / 2
-        top_k = torch.arange(200) % 12 + 1
-        top_p = torch.tensor([1.0, 0.9, 0.5]).repeat(67)[:200]
-        sorted_all = truncate(scores, top_k, top_p)
-        for candidates in (12, 13, 39, 40, 1000):
-            assert torch.equal(truncate(scores, top_k, top_p, candidates), sorted_all)
-        for row in range(0, 200, 7):
-            part = slice(row, row + 1)
-            assert torch.equal(truncate(scores[part], top_k[part], top_p[part], int(top_k[row])), sorted_all[part])
-        assert (sorted_all.isfinite().sum(dim=1) <= top_k).all()
+    @pytest.mark.parametrize("settings", [{"top_k": 70}, {"top_k": 200}, {"top_p": 0.5}, {"top_k": 250, "top_p": 0.5}])
+    def test_ties_among_many_are_kept_in_the_order_of_the_ids(self, settings: dict[str, Any]) -> None:
+        """Across blocks, and beyond the tokens that are tried first."""
+        for logits in (torch.zeros(300), (torch.arange(300) % 3 == 1).float()):
+            kept = exact_distribution(logits, **settings).nonzero()[:, 0]
+            assert torch.equal(draws(logits, **settings).unique(), kept)
+
+    def test_min_p_goes_by_the_most_likely_token_before_top_k_and_top_p(self) -> None:
+        logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+        assert draws(logits, min_p=0.45).unique().tolist() == [1, 2, 3]
+        assert draws(logits, min_p=0.55).unique().tolist() == [2, 3]
+        assert draws(logits, min_p=0.55, top_p=0.55).unique().tolist() == [3]  # 4/7; of the whole it would take both
+        assert draws(logits, min_p=1.0).unique().tolist() == [3]
+        assert draws(logits, min_p=0.55, temperature=4.0).unique().tolist() == [0, 1, 2, 3]
+        assert draws(torch.zeros(300), min_p=1.0).unique().tolist() == list(range(300))
 
     def test_a_row_that_asks_for_nothing_keeps_everything_beside_one_that_does(self) -> None:
-        scores = torch.zeros(2, 10)
-        kept = truncate(scores, torch.tensor([0, 3]), torch.tensor([1.0, 1.0]), num_candidates=3)
-        assert kept.isfinite().sum(dim=1).tolist() == [10, 3]
+        keys, positions = request_keys(2).repeat(300, 1), torch.arange(1, 301).repeat_interleave(2)
+        rows = make_rows(keys, positions, top_k=torch.tensor([0, 3]).repeat(300))
+        tokens = sample(torch.zeros(600, 10), rows).view(300, 2)
+        assert [len(column.unique()) for column in tokens.T] == [10, 3]
 
     def test_impossible_tokens_stay_impossible(self) -> None:
         logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0])
-        for settings in ({}, {"temperature": 100.0}, {"top_k": 3}, {"top_p": 0.99}):
+        for settings in ({}, {"temperature": 100.0}, {"top_k": 3}, {"top_p": 0.99}, {"min_p": 0.1}):
             assert draws(logits, **settings).unique().tolist() == [1, 3]
+        for settings in ({}, {"top_k": 200}, {"top_p": 0.999}):
+            assert draws(logits.repeat(75), **settings).remainder(2).min() == 1
 
 
 class TestTemperature:
@@ -373,6 +401,144 @@ class TestNoise:
             assert int((rare < probability).sum()) == pytest.approx(expected, abs=5 * expected**0.5)
         smallest = rare.topk(2000, largest=False).values
         assert len(smallest.unique()) > 1990
+
+    def test_blocks_and_tokens_draw_from_distinct_streams(self) -> None:
+        tokens, blocks = token_words(200_000, CPU), block_words(2000, CPU)
+        assert len(torch.cat([tokens, blocks]).unique()) == 202_000
+
+
+def mixed_rows(count: int) -> SamplingRows:
+    """Every kind of row in one batch."""
+    number = torch.arange(count)
+    return make_rows(
+        request_keys(count),
+        number % 9 + 1,
+        temperature=torch.tensor([0.0, 0.5, 1.0, 1.5, 3.0])[number % 5],
+        top_k=torch.tensor([0, 0, 1, 20, 63, 64, 65, 100, 299, 1000])[number % 10],
+        top_p=torch.tensor([1.0, 0.9, 0.3, 1e-6, 1.0, 0.99, 0.6])[number % 7],
+        min_p=torch.tensor([0.0, 0.0, 0.2])[number % 3],
+    )
+
+
+def part_of(rows: SamplingRows, index: torch.Tensor) -> SamplingRows:
+    return make_rows(
+        rows.keys[index],
+        rows.positions[index],
+        temperature=rows.temperature[index],
+        top_k=rows.top_k[index],
+        top_p=rows.top_p[index],
+        min_p=0.0 if rows.min_p is None else rows.min_p[index],
+    )
+
+
+class TestBatches:
+    """A row's token depends on that row alone."""
+
+    @pytest.mark.parametrize("vocab_size", [1, 5, 127, 128, 129, 300, 1024])
+    @pytest.mark.parametrize("kind", ["peaked", "flat", "ties"])
+    def test_a_row_alone_gives_the_token_it_gives_in_any_batch(self, vocab_size: int, kind: str) -> None:
+        generator = torch.Generator().manual_seed(vocab_size)
+        logits = torch.randn(210, vocab_size, generator=generator) * (5.0 if kind == "peaked" else 0.1)
+        if kind == "ties":
+            logits = (logits * 20).round() / 4
+        rows = mixed_rows(210)
+        whole = sample(logits, rows)
+        assert whole.min() >= 0
+        assert whole.max() < vocab_size
+        assert torch.equal(whole, sample(logits, rows))
+        order = torch.randperm(210, generator=generator)
+        assert torch.equal(sample(logits[order], part_of(rows, order)), whole[order])
+        for row in order[:40].split(1):
+            assert torch.equal(sample(logits[row], part_of(rows, row)), whole[row])
+
+    def test_no_path_for_devices_that_are_not_waited_for_changes_a_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Off the CPU all rows take every path, and what is theirs is kept."""
+        logits = torch.randn(210, 300, generator=torch.Generator().manual_seed(0))
+        rows = mixed_rows(210)
+        truncated = make_rows(rows.keys, rows.positions, top_k=rows.top_k % 90 + 1, top_p=rows.top_p)
+        expected = sample(logits, rows), sample(logits, truncated)
+
+        class Elsewhere(sampler_module._Batch):
+            on_cpu = property(lambda self: False, lambda self, value: None)
+
+        monkeypatch.setattr(sampler_module, "_Batch", Elsewhere)
+        assert torch.equal(sample(logits, rows), expected[0])
+        assert torch.equal(sample(logits, truncated), expected[1])
+
+    def test_the_logits_stay_as_they_are(self) -> None:
+        logits = torch.randn(210, 256, generator=torch.Generator().manual_seed(0))
+        before = logits.clone()
+        Sampler(256, CPU)(logits, mixed_rows(210))
+        assert torch.equal(logits, before)
+
+    @pytest.mark.parametrize("greedy", [False, True])
+    @pytest.mark.parametrize("vocab_size", [5, 300])
+    def test_rows_that_nothing_can_be_sampled_from_give_minus_one(self, vocab_size: int, greedy: bool) -> None:
+        """Rows with a NaN or an infinity anywhere, or without a finite logit; the others are not touched by them."""
+        logits = torch.randn(210, vocab_size, generator=torch.Generator().manual_seed(0))
+        rows = mixed_rows(210)
+        if greedy:
+            rows = make_rows(rows.keys, rows.positions, temperature=0.0)
+        expected = sample(logits, rows)
+        bad = torch.arange(0, 210, 3)
+        for number, row in enumerate(bad.tolist()):
+            if number % 3 == 2:
+                logits[row] = -torch.inf
+            else:
+                logits[row, number % vocab_size] = (torch.nan, torch.inf)[number % 3]
+        expected[bad] = -1
+        assert torch.equal(sample(logits, rows), expected)
+
+
+class TestMostLikely:
+    """Exact, and in the order of a stable sort."""
+
+    @pytest.mark.parametrize("vocab_size", [1, 100, 128, 129, 5000])
+    @pytest.mark.parametrize("count", [1, 2, 64, 65, 1000, 5000])
+    @pytest.mark.parametrize("distinct", [1, 3, 50, 10_000])
+    def test_as_a_stable_sort_has_them(self, vocab_size: int, count: int, distinct: int) -> None:
+        generator = torch.Generator().manual_seed(count)
+        logits = torch.randint(-distinct, distinct, (6, vocab_size), generator=generator) / 7
+        logits[2:4] = -logits[2:4].abs() * 0.0  # zeros of either sign
+        logits[4, torch.rand(vocab_size, generator=generator) < 0.3] = -torch.inf
+        blocks = in_blocks(logits)
+        rows = torch.tensor([5, 3, 4, 2])
+        count = min(count, vocab_size)
+        values, ids = most_likely(blocks, blocks.amax(dim=-1), rows, count)
+        ordered = logits[rows].sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(values, ordered.values[:, :count])
+        assert torch.equal(ids, ordered.indices[:, :count])
+
+    def test_blocks_are_a_view_where_they_can_be(self) -> None:
+        logits = torch.zeros(2, 4 * BLOCK)
+        assert in_blocks(logits).data_ptr() == logits.data_ptr()
+
+
+class TestLogprobs:
+    """Against log_softmax in float64."""
+
+    @pytest.mark.parametrize("vocab_size", [1, 5, 300, 20_000])
+    @pytest.mark.parametrize("scale", [0.1, 5.0])
+    def test_of_the_most_likely_and_of_given_tokens(self, vocab_size: int, scale: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(7, vocab_size, generator=generator) * scale + 10
+        logits[1] = (logits[1] * 4).round() / 4  # ties
+        logits[2, 1:] = -torch.inf
+        before, exact = logits.clone(), torch.log_softmax(logits.double(), dim=-1)
+        for num in {0, 1, min(20, vocab_size), vocab_size}:
+            values, ids = top_logprobs(logits, num)
+            assert torch.equal(ids, logits.sort(dim=-1, descending=True, stable=True).indices[:, :num])
+            assert torch.allclose(values.double(), exact.gather(-1, ids), rtol=1e-6, atol=1e-5)
+        tokens = torch.randint(vocab_size, (7,), generator=generator)
+        tokens[0] = logits[0].argmax()
+        values, ranks = token_logprobs(logits, tokens)
+        assert torch.allclose(values.double(), exact.gather(-1, tokens[:, None])[:, 0], rtol=1e-6, atol=1e-5)
+        assert ranks.tolist() == [int((row >= row[token]).sum()) for row, token in zip(logits, tokens, strict=True)]
+        assert ranks[0] == 1
+        assert torch.equal(logits, before)
+
+    def test_a_row_without_a_token_does_not_fail(self) -> None:
+        token_logprobs(torch.zeros(2, 5), torch.tensor([-1, 3]))
 
 
 @dataclass

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.step_plan import StepPlan, StepResult
+from nanovllm.sampling_params import SamplingParams
 from tests.simulation import Simulation, continuation, interrupt_at_lines
 
 Row = tuple[int, int, int, bool]
@@ -152,7 +153,7 @@ def test_a_chunked_prompt_shares_its_chunks_as_they_are_computed() -> None:
     simulation.add(text(12))
     simulation.step()
     simulation.step()
-    assert len(simulation.manager.match_prefix(Sequence("", 9, text(12), None, max_output_tokens=1))) == 4
+    assert len(simulation.manager.match_prefix(Sequence("", 9, text(12), SamplingParams(), max_output_tokens=1))) == 4
     simulation.run()
     simulation.check_finished()
 
@@ -408,7 +409,7 @@ def test_steps_are_finished_in_the_order_in_which_they_were_planned() -> None:
     second = simulation.launch()
     assert second is not None
     with pytest.raises(RuntimeError, match="in the order"):
-        simulation.scheduler.update(second, [0])
+        simulation.scheduler.update(second, StepResult([0]))
 
 
 # Interrupts

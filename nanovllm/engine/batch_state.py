@@ -4,14 +4,16 @@ The host tells it only changes (a :class:`StepPlan`); input ids, positions and s
 tables that stay on the device, so that a sampled token never has to travel to the host before the next step can run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanovllm.attention.base import AttentionMetadata
+from nanovllm.engine.logit_rules import LogitRules
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
+from nanovllm.layers import temperature as schedules
 from nanovllm.layers.sampler import SamplingRows
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import Schedule
 
 
 @dataclass(slots=True)
@@ -20,13 +22,51 @@ class SampleInput:
 
     Args:
         hidden_rows: int64 [sampling rows], indices of the tokens whose hidden states give the logits.
-        slots: int64 [sampling rows], where the sampled tokens belong.
+        slots: Each sampling row's slot, where its token belongs.
+        slot_index: The same, int64 [sampling rows].
         rows: How they are sampled.
+        longest: The largest position of a token to be sampled.
+        logprobs: By sampling row, how many log-probabilities it asks for, if it does.
     """
 
     hidden_rows: torch.Tensor
-    slots: torch.Tensor
+    slots: list[int]
+    slot_index: torch.Tensor
     rows: SamplingRows
+    longest: int
+    logprobs: dict[int, int]
+
+
+@dataclass(slots=True)
+class PromptLogprobsInput:
+    """A row whose prompt tokens' log-probabilities are wanted.
+
+    Args:
+        row: Of the plan.
+        first: Position of the first such token in this step.
+        hidden_rows: The tokens of the step whose hidden states give them, each the one before.
+        targets: int64 [positions], the prompt tokens from ``first`` on.
+        num_logprobs: How many of the most likely tokens are wanted besides; -1 for all.
+    """
+
+    row: int
+    first: int
+    hidden_rows: slice
+    targets: torch.Tensor
+    num_logprobs: int
+
+
+@dataclass(slots=True)
+class _BatchParams:
+    """What the sampling parameters of a batch's rows have in common, known on the host."""
+
+    all_greedy: bool
+    any_greedy: bool
+    any_truncated: bool
+    any_min_p: bool
+    num_candidates: int
+    logprobs: dict[int, int]
+    scheduled: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # rows, their prompts' lengths, their pieces
 
 
 @dataclass(slots=True)
@@ -38,12 +78,14 @@ class StepInput:
         positions: int64 [tokens].
         attention: Rows, contexts and where keys and values go.
         sample: What is sampled after it; None if no row samples.
+        prompt_logprobs: Rows whose prompt tokens' log-probabilities are wanted.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionMetadata
     sample: SampleInput | None
+    prompt_logprobs: list[PromptLogprobsInput]
 
 
 class BatchState:
@@ -53,10 +95,13 @@ class BatchState:
         num_slots: Most resident sequences.
         max_model_len: Most tokens of a sequence.
         block_size: Tokens a KV block.
+        vocab_size: Token ids.
         device: Where the tables live.
     """
 
-    def __init__(self, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device
+    ) -> None:
         self.block_size = block_size
         self.device = device
         max_blocks = -(-max_model_len // block_size)
@@ -65,8 +110,12 @@ class BatchState:
         self.temperature = torch.zeros(num_slots, dtype=torch.float32, device=device)
         self.top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.top_p = torch.ones(num_slots, dtype=torch.float32, device=device)
+        self.min_p = torch.zeros(num_slots, dtype=torch.float32, device=device)
         self.noise_keys = torch.zeros(num_slots, 2, dtype=torch.int32, device=device)
-        self.params: dict[int, SamplingParams] = {}  # by slot, on the host: for the flags of SamplingRows
+        self.entries: dict[int, SlotEntry] = {}  # by slot, on the host; without their tokens and blocks
+        self.rules = LogitRules(vocab_size, device)
+        self._wanting_prompt_logprobs: set[int] = set()
+        self._batch: tuple[list[int], _BatchParams] | None = None  # of the last batch: most have the same rows
 
     @staticmethod
     def num_bytes(num_slots: int, max_model_len: int, block_size: int) -> int:
@@ -76,7 +125,9 @@ class BatchState:
     def apply(self, plan: StepPlan) -> None:
         """Take in what changed since the last step."""
         for slot in plan.released:
-            self.params.pop(slot, None)
+            self.entries.pop(slot, None)
+            self.rules.release(slot)
+            self._wanting_prompt_logprobs.discard(slot)
         for entry in plan.entered:
             self._enter(entry)
         if plan.appended_blocks:
@@ -108,24 +159,34 @@ class BatchState:
             positions=positions,
             attention=attention,
             sample=self._sample_input(plan, slots, ends - 1, starts + lengths),
+            prompt_logprobs=self._prompt_logprobs_input(plan) if self._wanting_prompt_logprobs else [],
         )
 
     def append(self, sample: SampleInput, tokens: torch.Tensor) -> None:
         """Note the sampled ``tokens`` [sampling rows], for later steps to start from."""
-        self.token_ids[sample.slots, sample.rows.positions] = tokens.to(torch.int32)
+        # A row that failed has -1, which a step planned before that is known must not take for a token.
+        self.token_ids[sample.slot_index, sample.rows.positions] = tokens.clamp(min=0).to(torch.int32)
+        self.rules.record(sample.slots, tokens)
 
     def _enter(self, entry: SlotEntry) -> None:
         slot, params = entry.slot, entry.params
+        self.rules.release(slot)
+        self.rules.enter(entry)
         self.token_ids[slot, : len(entry.token_ids)] = self._tensor(entry.token_ids, torch.int32)
         self.block_tables[slot, : len(entry.block_ids)] = self._tensor(entry.block_ids, torch.int32)
-        # Kept to what the device's types and the sampler's quotients hold. Long before these bounds, only the most
-        # likely token is drawn, or all tokens alike, or the whole vocabulary is kept.
-        self.temperature[slot] = min(max(float(params.temperature), 1e-20), 1e20) if params.temperature > 0 else 0.0
+        if not isinstance(params.temperature, Schedule):
+            self.temperature[slot] = clamp_temperature(params.temperature)
         self.top_k[slot] = min(max(params.top_k, 0), 2**31)
-        self.top_p[slot] = float(params.top_p)
+        self.top_p[slot] = params.top_p
+        self.min_p[slot] = params.min_p
         words = [entry.noise_key & 0xFFFFFFFF, entry.noise_key >> 32]
         self.noise_keys[slot] = self._tensor([word - (1 << 32) if word >> 31 else word for word in words], torch.int32)
-        self.params[slot] = params
+        self.entries[slot] = replace(entry, token_ids=[], block_ids=[])
+        self._batch = None
+        if entry.first_logprob is None:
+            self._wanting_prompt_logprobs.discard(slot)
+        else:
+            self._wanting_prompt_logprobs.add(slot)
 
     def _sample_input(
         self, plan: StepPlan, slots: torch.Tensor, last_tokens: torch.Tensor, next_positions: torch.Tensor
@@ -137,20 +198,86 @@ class BatchState:
         if len(sampling) < len(plan.slots):
             index = self._tensor(sampling)
             slots, last_tokens, next_positions = slots[index], last_tokens[index], next_positions[index]
-        params = [self.params[plan.slots[row]] for row in sampling]
-        truncated = [p for p in params if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1)]
-        rows = SamplingRows(
-            temperature=self.temperature[slots],
-            top_k=self.top_k[slots],
-            top_p=self.top_p[slots],
-            keys=self.noise_keys[slots],
-            positions=next_positions,
-            all_greedy=all(p.temperature == 0 for p in params),
-            any_greedy=any(p.temperature == 0 for p in params),
-            any_truncated=bool(truncated),
-            num_candidates=max((p.top_k for p in truncated), default=0) if all(p.top_k > 0 for p in truncated) else 0,
+        row_slots = [plan.slots[row] for row in sampling]
+        batch = self._batch[1] if self._batch is not None and self._batch[0] == row_slots else self._collect(row_slots)
+        self._batch = (row_slots, batch)
+        temperature = self.temperature[slots]
+        if batch.scheduled is not None:
+            rows, prompt_lengths, pieces = batch.scheduled
+            temperature[rows] = schedules.evaluate(pieces, next_positions[rows] - prompt_lengths)
+        return SampleInput(
+            hidden_rows=last_tokens,
+            slots=row_slots,
+            slot_index=slots,
+            rows=SamplingRows(
+                temperature=temperature,
+                top_k=self.top_k[slots],
+                top_p=self.top_p[slots],
+                min_p=self.min_p[slots],
+                keys=self.noise_keys[slots],
+                positions=next_positions,
+                all_greedy=batch.all_greedy,
+                any_greedy=batch.any_greedy,
+                any_truncated=batch.any_truncated,
+                any_min_p=batch.any_min_p,
+                num_candidates=batch.num_candidates,
+            ),
+            longest=max(plan.starts[row] + plan.lengths[row] for row in sampling),
+            logprobs=batch.logprobs,
         )
-        return SampleInput(last_tokens, slots, rows)
+
+    def _collect(self, slots: list[int]) -> _BatchParams:
+        """What the parameters of these slots' sequences have in common."""
+        entries = [self.entries[slot] for slot in slots]
+        scheduled = [
+            (row, entry.num_prompt_tokens, entry.params.temperature.pieces())
+            for row, entry in enumerate(entries)
+            if isinstance(entry.params.temperature, Schedule)
+        ]
+        greedy = [entry.params.temperature == 0 for entry in entries]
+        sampled = [entry.params for entry, is_greedy in zip(entries, greedy, strict=True) if not is_greedy]
+        truncated = [p for p in sampled if p.top_k > 0 or p.top_p < 1]
+        return _BatchParams(
+            all_greedy=all(greedy),
+            any_greedy=any(greedy) or bool(scheduled),  # a schedule may reach 0
+            any_truncated=bool(truncated),
+            any_min_p=any(p.min_p > 0 for p in sampled),
+            num_candidates=max((p.top_k for p in truncated), default=0) if all(p.top_k > 0 for p in truncated) else 0,
+            logprobs={
+                row: entry.params.logprobs for row, entry in enumerate(entries) if entry.params.logprobs is not None
+            },
+            scheduled=self._pack_schedules(scheduled) if scheduled else None,
+        )
+
+    def _pack_schedules(self, scheduled: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        longest = max(len(pieces) for _, _, pieces in scheduled)
+        padded = [pieces + pieces[-1:] * (longest - len(pieces)) for _, _, pieces in scheduled]
+        return (
+            self._tensor([row for row, _, _ in scheduled]),
+            self._tensor([length for _, length, _ in scheduled]),
+            self._tensor(padded, torch.float32),
+        )
+
+    def _prompt_logprobs_input(self, plan: StepPlan) -> list[PromptLogprobsInput]:
+        found = []
+        token = 0  # of the step: the row's first
+        for row, (slot, start, length) in enumerate(zip(plan.slots, plan.starts, plan.lengths, strict=True)):
+            if slot in self._wanting_prompt_logprobs:
+                entry = self.entries[slot]
+                first = max(entry.first_logprob or 1, start + 1)
+                last = min(start + length, entry.num_prompt_tokens - 1)
+                if first <= last:
+                    hidden_rows = slice(token + first - 1 - start, token + last - start)
+                    targets = self.token_ids[slot, first : last + 1].long()
+                    number = entry.params.prompt_logprobs or 0
+                    found.append(PromptLogprobsInput(row, first, hidden_rows, targets, number))
+            token += length
+        return found
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def clamp_temperature(temperature: float) -> float:
+    """A temperature that float32 holds and can divide by; 0 stays 0. Beyond, one token is drawn, or all alike."""
+    return min(max(temperature, 1e-20), 1e20) if temperature > 0 else 0.0

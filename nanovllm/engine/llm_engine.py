@@ -1,61 +1,42 @@
 """The engine: takes requests, runs steps until they are finished, and turns tokens back into text."""
 
 import logging
-import os
+import threading
 import time
-from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import xxhash
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.intake import Intake, default_sampling_params
+from nanovllm.engine.metrics import Counters, percentiles
 from nanovllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
-from nanovllm.engine.prompts import Prompt, parse_prompt
+from nanovllm.engine.prompts import Prompt
+from nanovllm.engine.request import LostRequest, Owner, PreparedRequest, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.models.registry import get_model_class
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.model_config import ModelConfig, load_model_config
+from nanovllm.utils.model_config import load_model_config
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 4096
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-# What a generation_config.json may ask for that this version does not do, and the value that asks for nothing.
-_NOT_HONOURED = {"repetition_penalty": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-@dataclass(slots=True)
-class PreparedRequest:
-    """A request that has passed every check and waits to be added."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    max_output_tokens: int
-
-
-@dataclass(slots=True)
-class _Counters:
-    """Running totals, since the engine was made."""
-
-    startup_seconds: float = 0.0
-    output_tokens: int = 0
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0  # of steps that computed prompt tokens
-    decode_tokens: int = 0  # sampled in steps that only decoded
-    decode_seconds: float = 0.0  # of those steps
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    finished_requests: int = 0
+_INTERRUPTED = RuntimeError("a call was interrupted")
 
 
 class LLMEngine:
     """Runs requests to their end, a step at a time.
+
+    Safe to use from several threads, which take turns a step. Whatever is interrupted or fails in the middle leaves
+    it empty and ready for new requests, with the prefix cache intact.
 
     Args:
         config: What the user asked for.
@@ -85,16 +66,31 @@ class LLMEngine:
         get_model_class(self.model_config.architecture)
         resolve_dtype(config.dtype, self.model_config)
         resolve_device(config.device)
-        self.default_params = default_sampling_params(self.model_config)
+        default_params = default_sampling_params(self.model_config)
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or config.model)
         self.runner = ModelRunner(config, self.model_config, self.max_model_len)
         block_manager = BlockManager(
             self.runner.num_kvcache_blocks, self.runner.block_size, config.enable_prefix_caching
         )
         self.scheduler = Scheduler(block_manager, self.runner.num_slots, self.runner.max_step_tokens)
-        self.counters = _Counters()
-        self._requests: dict[str, tuple[str | None, Sequence]] = {}
-        self._num_added = 0
+        self.intake = Intake(
+            self.model_config,
+            self.tokenizer,
+            default_params,
+            self.max_model_len,
+            self.runner.num_kvcache_blocks,
+            self.runner.block_size,
+        )
+        self.counters = Counters()
+        self._requests: dict[str, Request] = {}
+        self._ready: list[RequestOutput] = []  # finished, of requests without an owner
+        self._num_requests = 0
+        self._num_sequences = 0
+        self._lock = threading.RLock()
+        self._changing = False  # somebody, who holds the lock, is changing what the engine holds
+        self._broken: BaseException | None = None  # a change was not completed
+        self._aborting: list[str] = []  # to abort when the step that runs is over
+        self._closed = False
         self.counters.startup_seconds = time.perf_counter() - started
         logger.info(
             "ready in %.2f s: %s on %s, %s attention, %d KV blocks of %d tokens",
@@ -107,129 +103,154 @@ class LLMEngine:
         )
 
     @property
+    def default_params(self) -> SamplingParams:
+        """Sampling parameters of requests without their own: those of the checkpoint's generation_config.json."""
+        return self.intake.default_params
+
+    @property
     def has_unfinished_requests(self) -> bool:
-        """Whether any request has not ended."""
-        return bool(self._requests)
+        """Whether any request has not ended, or was not handed out by :meth:`step`."""
+        return bool(self._ready) or self.num_unfinished_requests > 0
 
     @property
     def num_unfinished_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self._requests)
-
-    def prepare(self, prompts: ListLike[Prompt], params: ListLike[SamplingParams | None]) -> list[PreparedRequest]:
-        """Check and tokenise prompts; changes nothing.
-
-        Args:
-            prompts: Strings, lists of token ids, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}``.
-            params: One a prompt; None takes the checkpoint's defaults.
-
-        Raises:
-            TypeError: A prompt or its parameters are of the wrong type.
-            ValueError: A prompt is empty, names a token that does not exist, or cannot fit; the message says which.
-        """
-        names = [f"prompt {index}" if len(prompts) > 1 else "the prompt" for index in range(len(prompts))]
-        parsed = [parse_prompt(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
-        texts = [text for text, ids in parsed if ids is None and text is not None]
-        if texts and self.tokenizer is None:
-            raise ValueError(
-                "a text prompt needs a tokenizer, and the engine was made with skip_tokenizer_init=True; pass token ids"
-            )
-        encoded = iter(self._tokenize(texts))
-        requests = []
-        for name, (text, given_ids), given_params in zip(names, parsed, params, strict=True):
-            token_ids = next(encoded) if given_ids is None else given_ids
-            if given_params is not None and not isinstance(given_params, SamplingParams):
-                raise TypeError(f"the sampling_params of {name} are {given_params!r}; pass a SamplingParams")
-            chosen = given_params or self.default_params
-            requests.append(PreparedRequest(text, token_ids, chosen, self._check_length(name, token_ids, chosen)))
-        return requests
+        return 0 if self._broken is not None and not self._changing else len(self._requests)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
-        """Check a request and queue it; returns its id. Raises as :meth:`prepare` does."""
-        return self.add_prepared(self.prepare([prompt], [params])[0], request_id)
+        """Check a request and queue it.
 
-    def add_prepared(self, request: PreparedRequest, request_id: str | None = None) -> str:
-        """Queue a request that :meth:`prepare` made; returns its id."""
-        number = self._num_added
-        if request_id is None:
-            request_id = str(number)
-            while request_id in self._requests:  # the user gave that name to another request
-                request_id = f"{request_id}+"
-        elif not isinstance(request_id, str):
+        Args:
+            prompt: In any of its forms.
+            params: None takes the checkpoint's defaults.
+            request_id: A name of its own; a number by default.
+
+        Returns:
+            The request's id, a string.
+
+        Raises:
+            TypeError: Something has the wrong type.
+            ValueError: The prompt is empty or does not fit, or the id is taken; the message says what to do.
+        """
+        [request] = self.intake.prepare([prompt], [params])
+        if isinstance(request, Exception):
+            raise request
+        return self.add_prepared(request, request_id)
+
+    def add_prepared(
+        self,
+        request: PreparedRequest,
+        request_id: str | None = None,
+        owner: Owner | None = None,
+        prompt_index: int | None = None,
+    ) -> str:
+        """Queue what the intake prepared, for ``owner`` or for whoever calls :meth:`step`; returns its id."""
+        if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id is {request_id!r} ({type(request_id).__name__}); it must be a string")
-        elif request_id in self._requests:
+        with self._change():
+            if request_id is None:
+                request_id = str(self._num_requests)
+                while request_id in self._requests:  # the user gave that name to another request
+                    request_id = f"{request_id}+"
+            taken = request_id in self._requests
+            if not taken:
+                self._num_requests += 1
+                sequences = self._make_sequences(request, request_id)
+                tokenizer = self.tokenizer if request.params.detokenize else None
+                self._requests[request_id] = Request(
+                    request_id, request.prompt, prompt_index, request.params, owner, tokenizer, sequences
+                )
+                for seq in sequences:
+                    self.scheduler.add(seq)
+        if taken:
             raise ValueError(f"request_id {request_id!r} is taken by a request that has not finished")
-        self._num_added += 1
-        seed = request.params.seed
-        seq = Sequence(
-            request_id,
-            number,
-            request.prompt_token_ids,
-            request.params,
-            max_output_tokens=request.max_output_tokens,
-            eos_token_ids=() if request.params.ignore_eos else self.model_config.eos_token_ids,
-            noise_key=noise_key("request", seed, 0)
-            if seed is not None
-            else noise_key("engine", self.config.seed, number),
-            arrival_time=time.perf_counter(),
-        )
-        try:
-            self._requests[request_id] = (request.prompt, seq)
-            self.scheduler.add(seq)
-        except BaseException:  # Ctrl-C between the two
-            self._requests.pop(request_id, None)
-            self.scheduler.finish(seq, "abort")
-            raise
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns the requests that ended in it.
+        """Run one step.
 
-        If it fails or is interrupted, all requests are dropped and the engine is ready for new ones.
+        Returns:
+            The requests that have ended, of those added with :meth:`add_request`.
+
+        Raises:
+            Exception: The step failed or was interrupted. All requests are dropped; the engine is ready for new ones.
         """
-        try:
-            return self._step()
-        except BaseException:  # Ctrl-C included
-            self.reset()
-            raise
+        self.advance()
+        ready, self._ready = self._ready, []
+        return ready
 
-    def _step(self) -> list[RequestOutput]:
-        started = time.perf_counter()
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return []
-        logger.debug("step: %s", plan)
-        tokens = self.runner.execute(plan).tokens()
-        advanced = self.scheduler.update(plan, tokens)
-        now = time.perf_counter()
-        self._count(plan, now - started)
-        outputs = []
-        for seq in advanced:
-            seq.metrics.first_token_time = seq.metrics.first_token_time or now
-            if seq.finished:
-                outputs.append(self._output(seq))
-        return outputs
+    def advance(self) -> None:
+        """Run one step; what it gives goes to the owners of the requests. Raises as :meth:`step` does."""
+        with self._change():
+            started = time.perf_counter()
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                logger.debug("step: %s", plan)
+                result = self.runner.execute(plan).result()
+                advanced = self.scheduler.update(plan, result)
+                now = time.perf_counter()
+                self.counters.count_step(plan, now - started)
+                for seq in advanced:
+                    self._follow(seq, now)
+                for seq in advanced:
+                    self._report(seq)
+            while self._aborting:
+                self._abort([self._aborting.pop()])
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now; returns what it has, or None if no such request is unfinished."""
-        if request_id not in self._requests:
-            return None
-        seq = self._requests[request_id][1]
-        self.scheduler.finish(seq, "abort")
-        return self._output(seq)
+        """End a request now, with finish reason "abort".
+
+        Called from inside a step (a signal handler, a logits processor), it takes effect at the step's end.
+
+        Returns:
+            What the request has so far, which its owner gets too; None if no such request is unfinished.
+
+        Raises:
+            TypeError: ``request_id`` is not a string.
+        """
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id is {request_id!r} ({type(request_id).__name__}); it must be a string")
+        with self._lock:
+            if self._changing:
+                self._aborting.append(request_id)
+                return None
+            with self._change():
+                outputs = self._abort([request_id])
+        return outputs[0] if outputs else None
+
+    def abandon(self, owner: Owner) -> None:
+        """Drop all requests of an owner who no longer waits for them."""
+        with self._lock:
+            mine = [request.request_id for request in self._requests.values() if request.owner is owner]
+            if self._changing:
+                self._aborting.extend(mine)
+            elif mine:
+                with self._change():
+                    self._abort(mine)
 
     def reset(self) -> None:
         """Drop all requests. The prefix cache stays. Safe after an exception or an interrupt anywhere in a step."""
-        self.scheduler.reset()
-        self._requests.clear()  # last: should this be interrupted too, the next call sees that there is work left
+        with self._lock:
+            self._refuse_inside_a_step()
+            self._recover(self._broken)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        with self._change():
+            self.scheduler.block_manager.reset_prefix_cache()
 
     def close(self) -> None:
         """Drop all requests and free the model and its KV cache, whoever still holds the engine."""
-        self.reset()
-        self.runner.close()
+        with self._lock:
+            self._refuse_inside_a_step()
+            if not self._closed:
+                self._recover(RuntimeError("the engine was closed"))
+                self._closed = True
+                self.runner.close()
 
     def metrics(self) -> dict[str, Any]:
         """Facts and totals of the engine; see :meth:`nanovllm.LLM.get_metrics`."""
+        self._refuse_if_closed()
         counters, runner, manager = self.counters, self.runner, self.scheduler.block_manager
         return {
             "device": str(runner.device),
@@ -241,6 +262,8 @@ class LLMEngine:
             "kvcache_bytes": runner.kvcache_bytes(),
             "kvcache_blocks_used": manager.num_used_blocks,
             "peak_kvcache_blocks_used": manager.peak_num_used_blocks,
+            "waiting_requests": len({seq.request_id for seq in self.scheduler.waiting}),
+            "running_requests": len({seq.request_id for seq in self.scheduler.running}),
             "output_tokens": counters.output_tokens,
             "prefill_tokens": counters.prefill_tokens,
             "decode_tokens": counters.decode_tokens,
@@ -248,124 +271,133 @@ class LLMEngine:
             "decode_seconds": counters.decode_seconds,
             "prompt_tokens": counters.prompt_tokens,
             "cached_tokens": counters.cached_tokens,
+            "prefix_hit_rate": counters.cached_tokens / counters.prompt_tokens if counters.prompt_tokens else 0.0,
             "finished_requests": counters.finished_requests,
             "num_preemptions": self.scheduler.num_preemptions,
+            "time_to_first_token": percentiles(counters.first_token_seconds),
+            "time_per_output_token": percentiles(counters.output_token_seconds),
         }
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts or self.tokenizer is None:
-            return []
-        return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Changing what the engine holds: one thread at a time, and to the end, or else everything is dropped.
 
-    def _decode(self, request_id: str, token_ids: list[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        try:
-            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        except Exception:  # whatever the tokenizer raises must not cost other requests their results
-            logger.warning("request %s: its tokens cannot be decoded; its text stays empty", request_id, exc_info=True)
-            return ""
+        A change that was interrupted is cleared away at once, and should that be interrupted too, by the next one.
+        """
+        with self._lock:
+            self._refuse_if_closed()
+            self._refuse_inside_a_step()
+            if self._broken is not None:
+                self._recover(self._broken)
+            try:
+                self._changing, self._broken = True, _INTERRUPTED
+                yield
+                self._broken = None
+            except BaseException as error:
+                self._changing, self._broken = False, error
+                self._recover(error)
+                raise
+            finally:
+                self._changing = False
 
-    def _count(self, plan: StepPlan, seconds: float) -> None:
-        sampled = sum(plan.samples)
-        self.counters.output_tokens += sampled
-        self.counters.prefill_tokens += plan.num_prefill_tokens
-        if plan.num_prefill_tokens:
-            self.counters.prefill_seconds += seconds
-        else:
-            self.counters.decode_seconds += seconds
-            self.counters.decode_tokens += sampled
+    def _recover(self, cause: BaseException | None) -> None:
+        """Drop all requests, and tell their owners why."""
+        self._broken = cause or _INTERRUPTED
+        self.scheduler.reset()
+        self._aborting.clear()
+        for request in self._requests.values():
+            if request.owner is not None:
+                request.owner.inbox.append(LostRequest(request.request_id, cause))
+        self._requests.clear()
+        self._broken = None
 
-    def _check_length(self, name: str, token_ids: list[int], params: SamplingParams) -> int:
-        """Check a prompt's ids and room; returns the most tokens it may generate."""
-        length, vocab_size = len(token_ids), self.model_config.vocab_size
-        if not length:
-            raise ValueError(f"{name} is empty; give at least one token")
-        low, high = min(token_ids), max(token_ids)
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"{name} has token id {low if low < 0 else high}; the vocabulary has ids 0 to {vocab_size - 1}"
+    def _refuse_inside_a_step(self) -> None:
+        if self._changing:  # by ourselves, for the lock is ours
+            raise RuntimeError(
+                "the engine was called from inside one of its own steps (by a signal handler or a logits processor); "
+                "only abort() may be"
             )
-        if length >= self.max_model_len:
-            raise ValueError(
-                f"{name} has {length} tokens; max_model_len is {self.max_model_len}, prompt and output together "
-                "(raise max_model_len or shorten the prompt)"
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("this engine is closed; make a new LLM")
+
+    def _make_sequences(self, request: PreparedRequest, request_id: str) -> list[Sequence]:
+        """A sequence a completion."""
+        params = request.params
+        sequences: list[Sequence] = []
+        for index in range(params.n):
+            number, self._num_sequences = self._num_sequences, self._num_sequences + 1
+            seed = params.seed
+            sequences.append(
+                Sequence(
+                    request_id,
+                    number,
+                    request.prompt_token_ids,
+                    params,
+                    max_output_tokens=request.max_output_tokens,
+                    eos_token_ids=() if params.ignore_eos else self.model_config.eos_token_ids,
+                    noise_key=noise_key("request", seed, index)
+                    if seed is not None
+                    else noise_key("engine", self.config.seed, number),
+                    arrival_time=time.perf_counter(),
+                    index=index,
+                    leader=sequences[0] if sequences else None,
+                    first_logprob=None if index else request.first_logprob,
+                    bad_words=request.bad_words,
+                )
             )
-        limit = self.max_model_len - length
-        capacity = self.scheduler.max_tokens_per_sequence()
-        if params.max_tokens is None:
-            limit = max(1, min(limit, capacity - length))
-        else:
-            limit = min(limit, params.max_tokens)
-        if length + limit > capacity:
-            manager = self.scheduler.block_manager
-            raise ValueError(
-                f"{name} has {length} tokens and may generate {limit}, which takes "
-                f"{manager.blocks_needed(length + limit - 1)} KV blocks of {manager.block_size} tokens; the cache has "
-                f"{manager.num_blocks} (raise num_kvcache_blocks, lower max_tokens or shorten the prompt)"
-            )
-        return limit
+        return sequences
 
-    def _output(self, seq: Sequence) -> RequestOutput:
-        """What an ended sequence gives back; the engine forgets it."""
-        prompt, _ = self._requests[seq.request_id]
-        token_ids = seq.output_token_ids
-        text = self._decode(seq.request_id, token_ids)
-        del self._requests[seq.request_id]
-        completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=token_ids,
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-        )
-        seq.metrics.finished_time = time.perf_counter()
-        self.counters.finished_requests += 1
-        self.counters.prompt_tokens += seq.num_prompt_tokens
-        self.counters.cached_tokens += seq.num_cached_tokens
-        return RequestOutput(
-            request_id=seq.request_id,
-            prompt=prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
-            outputs=[completion],
-            finished=True,
-            num_cached_tokens=seq.num_cached_tokens,
-            metrics=seq.metrics,
-        )
+    def _follow(self, seq: Sequence, now: float) -> None:
+        """Take note of a sequence's newest token: its text, and whether that ends it."""
+        seq.metrics.first_token_time = seq.metrics.first_token_time or now
+        stop = self._requests[seq.request_id].follow(seq)
+        if stop is not None:
+            self.scheduler.finish(seq, "stop")
+            seq.finish_reason, seq.stop_reason = "stop", stop
+        if seq.finished:
+            seq.metrics.finished_time = now
 
+    def _report(self, seq: Sequence) -> None:
+        """Tell whoever waits for a request what is new of one of its sequences."""
+        request = self._requests[seq.request_id]
+        request.num_unfinished -= seq.finished
+        output = self._finish(request) if request.num_unfinished == 0 else None
+        owner = request.owner
+        if owner is not None and owner.stream:
+            piece = request.stream_output(seq)
+            if piece is not None:
+                piece.output = output
+                owner.inbox.append(piece)
+        elif output is not None:
+            (self._ready if owner is None else owner.inbox).append(output)
 
-def default_sampling_params(model_config: ModelConfig) -> SamplingParams:
-    """The checkpoint's own sampling parameters; ValueError naming the file if they are invalid."""
-    ignored = [
-        name
-        for name, neutral in _NOT_HONOURED.items()
-        if model_config.generation_config.get(name) not in (None, neutral)
-    ]
-    if ignored:
-        logger.warning("%s/generation_config.json: %s are ignored", model_config.path, ", ".join(ignored))
-    try:
-        return SamplingParams.from_generation_config(model_config.generation_config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{model_config.path}/generation_config.json: {error}; correct the file") from error
+    def _finish(self, request: Request) -> RequestOutput:
+        """What an ended request gives back; the engine forgets it."""
+        output = request.output()
+        del self._requests[request.request_id]
+        self.counters.count_request(request.sequences)
+        return output
 
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a checkpoint; ValueError saying what to do if it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    if not any(os.path.exists(os.path.join(path, name)) for name in TOKENIZER_FILES):
-        # transformers 5 would make up an empty tokenizer
-        raise ValueError(
-            f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); download it, name another directory with "
-            "tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises whatever its parsers raise
-        raise ValueError(
-            f"the tokenizer in {path} cannot be loaded ({error}); download tokenizer.json and tokenizer_config.json, "
-            "name another directory with tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
-        ) from error
+    def _abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+        requests = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        ending = [[seq for seq in request.sequences if not seq.finished] for request in requests]
+        self.scheduler.finish_all([seq for sequences in ending for seq in sequences], "abort")
+        now, outputs = time.perf_counter(), []
+        for request, sequences in zip(requests, ending, strict=True):
+            for seq in sequences:
+                seq.metrics.finished_time = now
+            output = self._finish(request)
+            outputs.append(output)
+            owner = request.owner
+            if owner is not None and owner.stream:
+                pieces = [piece for seq in sequences if (piece := request.stream_output(seq)) is not None]
+                pieces[-1].output = output
+                owner.inbox.extend(pieces)
+            elif owner is not None:
+                owner.inbox.append(output)
+        return outputs
 
 
 def noise_key(kind: str, seed: int, index: int) -> int:

@@ -9,7 +9,8 @@ import torch
 from nanovllm.attention import AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch_state import BatchState
+from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput
+from nanovllm.engine.step_handle import DeviceLogprobs, StepHandle
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import pack_weights
@@ -27,19 +28,8 @@ logger = logging.getLogger(__name__)
 CPU_STEP_TOKENS = 512
 
 
-class StepHandle:
-    """A step that has been launched.
-
-    Args:
-        tokens: int64 [sampling rows] on the device; None if no row samples.
-    """
-
-    def __init__(self, tokens: torch.Tensor | None) -> None:
-        self._tokens = tokens
-
-    def tokens(self) -> list[int]:
-        """The sampled token ids, in the order of the plan's sampling rows. Waits for the device."""
-        return [] if self._tokens is None else self._tokens.tolist()
+# Rows of logits that exist at a time for the log-probabilities of prompt tokens: 37 MiB at a vocabulary of 151,936.
+PROMPT_LOGIT_ROWS = 64
 
 
 class ModelRunner:
@@ -90,7 +80,9 @@ class ModelRunner:
         budget = config.max_num_batched_tokens
         self.max_step_tokens = min(budget, CPU_STEP_TOKENS) if self.device.type == "cpu" else budget
         self.num_slots = min(self.num_slots, self.num_kvcache_blocks)
-        self.batch_state = BatchState(self.num_slots, max_model_len, self.block_size, self.device)
+        self.batch_state = BatchState(
+            self.num_slots, max_model_len, self.block_size, model_config.vocab_size, self.device
+        )
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -102,12 +94,36 @@ class ModelRunner:
         self.batch_state.apply(plan)
         step = self.batch_state.step_input(plan)
         hidden = self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
-        if step.sample is None:
-            return StepHandle(None)
-        logits = self.model.compute_logits(hidden.index_select(0, step.sample.hidden_rows))  # of no other rows
-        tokens = self.sampler(logits, step.sample.rows)
-        self.batch_state.append(step.sample, tokens)
-        return StepHandle(tokens)
+        prompt_logprobs = {row.row: self._prompt_logprobs(hidden, row) for row in step.prompt_logprobs}
+        sample = step.sample
+        if sample is None:
+            return StepHandle(None, prompt_logprobs=prompt_logprobs)
+        logits = self.model.compute_logits(hidden.index_select(0, sample.hidden_rows))  # of no other rows
+        asking = list(sample.logprobs)
+        raw = logits[asking] if asking else None  # a copy: what follows changes the logits
+        errors = self.batch_state.rules.apply(
+            logits,
+            sample.slots,
+            sample.slot_index,
+            sample.rows.positions,
+            sample.longest,
+            self.batch_state.token_ids,
+        )
+        tokens = self.sampler(logits, sample.rows)
+        self.batch_state.append(sample, tokens)
+        logprobs = None
+        if raw is not None:
+            logprobs = asking, DeviceLogprobs.compute(raw, tokens[asking], list(sample.logprobs.values()))
+        return StepHandle(tokens, errors, logprobs, prompt_logprobs)
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, row: PromptLogprobsInput) -> tuple[int, list[DeviceLogprobs]]:
+        """Log-probabilities of a row's prompt tokens, a few at a time."""
+        pieces = []
+        hidden_pieces = hidden[row.hidden_rows].split(PROMPT_LOGIT_ROWS)
+        for some, targets in zip(hidden_pieces, row.targets.split(PROMPT_LOGIT_ROWS), strict=True):
+            logits = self.model.compute_logits(some)
+            pieces.append(DeviceLogprobs.compute(logits, targets, [row.num_logprobs] * len(targets)))
+        return row.first, pieces
 
     def close(self) -> None:
         """Free the model, the KV cache and the batch state. Nothing can be run afterwards."""

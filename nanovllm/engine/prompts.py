@@ -1,7 +1,7 @@
 """The forms a prompt may take: text, token ids, or a dictionary of either."""
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanovllm.utils.validation import check_int
@@ -16,7 +16,7 @@ def as_prompt_list(prompts: Any) -> list[Any]:
     prompts = _plain(prompts)
     if isinstance(prompts, str):  # numpy's
         return [prompts]
-    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Sequence):
+    if not _is_list(prompts):
         raise TypeError(
             f"prompts is a {type(prompts).__name__}; pass a string, a list of token ids, or a list of prompts"
         )
@@ -67,14 +67,15 @@ def _check_text(name: str, text: Any) -> None:
 
 def _encoded_ids(name: str, encoding: Mapping[str, Any]) -> list[int]:
     """Token ids of what a transformers tokenizer returns for one text."""
-    if not all(_plain(encoding.get("attention_mask", [1]))):
+    mask = _plain(encoding.get("attention_mask"))
+    if _is_list(mask) and not all(mask):
         raise ValueError(f"{name} is padded (its attention_mask has zeros); encode each prompt by itself")
     return _token_ids(f"{name}['input_ids']", encoding["input_ids"])
 
 
 def _token_ids(name: str, ids: Any) -> list[int]:
     ids = _plain(ids)
-    if isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Iterable):
+    if not _is_list(ids):
         raise TypeError(f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary")
     ids = list(ids)
     if not all(type(token) is int for token in ids):
@@ -82,7 +83,12 @@ def _token_ids(name: str, ids: Any) -> list[int]:
     return ids
 
 
+def _is_list(values: Any) -> bool:
+    """Whether ``values`` are items in an order: neither a set nor a view of a dictionary, nor text or raw bytes."""
+    return isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray, memoryview))
+
+
 def _plain(values: Any) -> Any:
-    """A numpy array or a tensor as lists; anything else as it is."""
-    tolist = getattr(values, "tolist", None)
+    """A numpy array, a tensor or an ``array`` as lists; anything else as it is."""
+    tolist = None if isinstance(values, memoryview) else getattr(values, "tolist", None)
     return values if tolist is None else tolist()

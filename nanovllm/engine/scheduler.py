@@ -7,11 +7,12 @@ always advances, and nobody starves.
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.step_plan import SlotEntry, StepPlan
+from nanovllm.engine.step_plan import SlotEntry, StepPlan, StepResult
 
 # A sequence is admitted while every resident can still grow by this many tokens: without the reserve, one would be
 # admitted into the last free blocks only to be preempted a step later.
@@ -95,41 +96,56 @@ class Scheduler:
         self._in_flight.append(_InFlight(plan, rows, [seq.metrics.num_preemptions for seq in rows]))
         return plan
 
-    def update(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
-        """Take in what the oldest plan in flight sampled.
+    def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
+        """Take in what the oldest plan in flight gave.
 
         Args:
             plan: The plan, now done.
-            tokens: A token id a sampling row, in the order of the rows.
+            result: Its tokens and log-probabilities.
 
         Returns:
-            The sequences that got a token, those that ended with it included.
+            The sequences that got a token or an error, those that ended with it included.
         """
         batch = self._in_flight.popleft()
         if batch.plan is not plan:
             raise RuntimeError("steps must be finished in the order in which they were planned")
-        if len(tokens) != sum(plan.samples):
-            raise RuntimeError(f"{sum(plan.samples)} rows of the plan sample, but {len(tokens)} tokens came back")
-        sampled = iter(tokens)
+        if len(result.tokens) != sum(plan.samples):
+            raise RuntimeError(
+                f"{sum(plan.samples)} rows of the plan sample, but {len(result.tokens)} tokens came back"
+            )
         advanced: list[Sequence] = []
+        sampling_row = -1
         rows = zip(batch.sequences, batch.residencies, plan.starts, plan.lengths, plan.samples, strict=True)
-        for seq, residency, start, length, samples in rows:
-            token = next(sampled) if samples else None
+        for row, (seq, residency, start, length, samples) in enumerate(rows):
+            sampling_row += samples
             if seq.finished:
                 continue  # it ended while this step was in flight: a surplus token
-            if token is not None:
-                seq.num_in_flight -= 1
-                seq.token_ids.append(token)
+            if row in result.prompt_logprobs:
+                first, logprobs = result.prompt_logprobs[row]
+                seq.prompt_logprobs.update(enumerate(logprobs, first))
+            if samples:
                 advanced.append(seq)
+                seq.num_in_flight -= 1
+                if result.tokens[sampling_row] < 0:
+                    seq.error = result.errors[sampling_row]
+                    self.finish(seq, "error")
+                    continue
+                seq.token_ids.append(result.tokens[sampling_row])
+                if sampling_row in result.logprobs:
+                    seq.logprobs.append(result.logprobs[sampling_row])
             if seq.metrics.num_preemptions == residency:
                 self.block_manager.publish(seq, start + length)
-            if token is not None:
-                if token in seq.eos_token_ids:
-                    seq.stop_reason = None if token == seq.eos_token_ids[0] else token
-                    self.finish(seq, "stop")
-                elif seq.num_output_tokens >= seq.max_output_tokens:
-                    self.finish(seq, "length")
+            if samples:
+                self._end(seq, result.tokens[sampling_row])
         return advanced
+
+    def _end(self, seq: Sequence, token: int) -> None:
+        """Finish ``seq`` if its newest token ends it."""
+        if token in seq.stop_token_ids and seq.num_output_tokens > seq.params.min_tokens:
+            seq.stop_reason = None if token == seq.main_eos_token_id else token
+            self.finish(seq, "stop")
+        elif seq.num_output_tokens >= seq.max_output_tokens:
+            self.finish(seq, "length")
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence, wherever it is; ending it twice does nothing.
@@ -142,10 +158,20 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._vacate(seq)
-        elif seq in self.waiting:
+        elif seq in self.waiting:  # compared by identity
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
+
+    def finish_all(self, sequences: Iterable[Sequence], reason: str) -> None:
+        """End several; the queue is gone through once."""
+        for seq in sequences:
+            if seq.status is SequenceStatus.WAITING:
+                seq.status = SequenceStatus.FINISHED
+                seq.finish_reason = reason
+            else:
+                self.finish(seq, reason)
+        self.waiting = deque(seq for seq in self.waiting if not seq.finished)
 
     def reset(self) -> None:
         """Drop every sequence and every plan in flight; the prefix cache stays. Safe after an interrupt anywhere."""
@@ -187,7 +213,7 @@ class Scheduler:
             seq = self.waiting[0]
             if headroom is None:
                 headroom = sum(self._headroom(resident) for resident in self.running)
-            matched = manager.match_prefix(seq)
+            matched = self._shareable_blocks(seq)
             needed = manager.blocks_needed(seq.num_tokens) - len(matched) + headroom
             if self.running and needed > manager.num_allocatable_after(matched):
                 self._refused = (seq, len(matched))
@@ -204,7 +230,17 @@ class Scheduler:
                 seq.metrics.first_scheduled_time = time.perf_counter()
             self.running.append(seq)
             plan.entered.append(
-                SlotEntry(seq.slot, seq.token_ids.tolist(), list(seq.block_table), seq.params, seq.noise_key)
+                SlotEntry(
+                    seq.slot,
+                    seq.token_ids.tolist(),
+                    list(seq.block_table),
+                    seq.params,
+                    seq.noise_key,
+                    seq.num_prompt_tokens,
+                    seq.first_logprob,
+                    tuple(seq.stop_token_ids) if seq.num_output_tokens < seq.params.min_tokens else (),
+                    seq.bad_words,
+                )
             )
             headroom += self._headroom(seq)
             length = min(seq.num_tokens - seq.num_computed_tokens, budget)
@@ -215,9 +251,25 @@ class Scheduler:
         """Whether the head of the queue cannot run now, as far as is known without asking for its blocks."""
         if seq.num_in_flight:
             return True  # preempted while its next token was being sampled: the device no longer holds it
+        leader = seq.leader
+        if leader and leader.status is SequenceStatus.RUNNING and leader.num_computed_tokens < leader.num_prompt_tokens:
+            return True  # soon it will share the prompt's blocks
         if self._refused is None or self._refused[0] is not seq:
             return False
         return not self.block_manager.can_match_more(*self._refused)
+
+    def _shareable_blocks(self, seq: Sequence) -> list[int]:
+        """Blocks that hold the beginning of ``seq``: its leader's, or cached ones if those are more; takes nothing."""
+        matched = self.block_manager.match_prefix(seq)
+        # A step in flight may still have to write the leader's blocks; steps run in order, so it will before we read.
+        leader, size = seq.leader, self.block_manager.block_size
+        if leader and leader.status is SequenceStatus.RUNNING:
+            shared = min(leader.num_computed_tokens, seq.num_prompt_tokens - 1) // size
+            if shared > len(matched):
+                matched = leader.block_table[:shared]
+        if seq.first_logprob is not None:
+            matched = matched[: (seq.first_logprob - 1) // size]
+        return matched
 
     def _headroom(self, seq: Sequence) -> int:
         """Blocks that a resident needs to grow by ``HEADROOM_TOKENS`` tokens, or to its end."""

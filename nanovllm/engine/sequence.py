@@ -3,6 +3,7 @@
 import enum
 from array import array
 
+from nanovllm.engine.step_plan import TokenLogprobs
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 
@@ -24,16 +25,28 @@ class Sequence:
         prompt_token_ids: At least one token id.
         params: Sampling parameters.
         max_output_tokens: When it ends at the latest, with ``params.max_tokens`` and the context already considered.
-        eos_token_ids: Ids that end it, the model's main one first (empty with ``ignore_eos``).
+        eos_token_ids: Ids that end it besides ``params.stop_token_ids``, the model's main one first (empty with
+            ``ignore_eos``).
         noise_key: 64-bit key of its sampling noise.
         arrival_time: For the metrics.
+        index: Number of the completion among its request's.
+        leader: The request's first sequence, where this is another of its completions: they share the prompt's blocks.
+        first_logprob: First prompt token whose log-probability is wanted; None for none. It is computed, not taken
+            from the prefix cache.
+        bad_words: Token ids of the words it must not complete.
     """
 
     __slots__ = (
+        "bad_words",
         "block_hashes",
         "block_table",
-        "eos_token_ids",
+        "error",
         "finish_reason",
+        "first_logprob",
+        "index",
+        "leader",
+        "logprobs",
+        "main_eos_token_id",
         "max_output_tokens",
         "metrics",
         "noise_key",
@@ -44,10 +57,12 @@ class Sequence:
         "num_published_blocks",
         "number",
         "params",
+        "prompt_logprobs",
         "request_id",
         "slot",
         "status",
         "stop_reason",
+        "stop_token_ids",
         "token_ids",
     )
 
@@ -62,6 +77,10 @@ class Sequence:
         eos_token_ids: tuple[int, ...] = (),
         noise_key: int = 0,
         arrival_time: float = 0.0,
+        index: int = 0,
+        leader: "Sequence | None" = None,
+        first_logprob: int | None = None,
+        bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.request_id = request_id
         self.number = number
@@ -70,7 +89,8 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
         self.max_output_tokens = max_output_tokens
-        self.eos_token_ids = eos_token_ids
+        self.main_eos_token_id = eos_token_ids[0] if eos_token_ids else None
+        self.stop_token_ids = frozenset(eos_token_ids) | frozenset(params.stop_token_ids or ())
         self.noise_key = noise_key
         self.status = SequenceStatus.WAITING
         self.slot = -1
@@ -82,6 +102,13 @@ class Sequence:
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when it first ran
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.index = index
+        self.leader = leader
+        self.first_logprob = first_logprob
+        self.bad_words = bad_words
+        self.logprobs: list[TokenLogprobs] = []  # of the sampled tokens, if asked for
+        self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # by position
         self.metrics = RequestMetrics(arrival_time)
 
     @property

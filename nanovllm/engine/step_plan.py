@@ -19,6 +19,10 @@ class SlotEntry:
         block_ids: Its KV blocks so far, in order.
         params: Its sampling parameters.
         noise_key: 64-bit key of its sampling noise.
+        num_prompt_tokens: How many of the tokens are the prompt's.
+        first_logprob: First prompt token whose log-probability is wanted; None for none.
+        stop_token_ids: Tokens that are not sampled before ``params.min_tokens``.
+        bad_words: Token ids of the words whose last token must not complete them.
     """
 
     slot: int
@@ -26,6 +30,10 @@ class SlotEntry:
     block_ids: list[int]
     params: SamplingParams
     noise_key: int
+    num_prompt_tokens: int = 0
+    first_logprob: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,3 +69,37 @@ class StepPlan:
             f"{self.num_tokens} tokens of {len(self.slots)} sequences; entered {[e.slot for e in self.entered]}, "
             f"released {self.released}, {len(self.appended_blocks)} new blocks; rows slot:start+length [{rows}]"
         )
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, natural logarithms.
+
+    Args:
+        token_id: The token that stands there.
+        logprob: Its log-probability.
+        rank: How many tokens are at least as likely.
+        top: The most likely tokens and their log-probabilities, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gave; plain data, like the plan.
+
+    Args:
+        tokens: A token id a sampling row, in the order of the plan; -1 where none could be sampled.
+        errors: By sampling row, why none could.
+        logprobs: By sampling row, for those that asked.
+        prompt_logprobs: By row of the plan, for those that asked: first position and, from there on, what was computed.
+    """
+
+    tokens: list[int]
+    errors: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from torch import nn
 
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import PackableProduct
-from nanovllm.utils.loader import Span, TensorSource, copy_span, new_parameter
+from nanovllm.utils.loader import COPY, DifferentCopyError, Span, TensorSource, copy_span, equals_rows, new_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -51,7 +51,15 @@ class VocabParallelEmbedding(nn.Module):
         return self.parallel.all_reduce(rows * mine.unsqueeze(-1))
 
     def _load(self, parameter: nn.Parameter, source: TensorSource, shard_id: str) -> None:
-        copy_span(parameter.data[: self.num_ids], source, 0, Span(self.first_id, self.num_ids, self.vocab_size))
+        rows, span = parameter.data[: self.num_ids], Span(self.first_id, self.num_ids, self.vocab_size)
+        if shard_id != COPY:
+            copy_span(rows, source, 0, span)
+        elif not equals_rows(rows, source, span):
+            # transformers 4 would tie the head nonetheless, transformers 5 use it: whoever trained it must say.
+            raise DifferentCopyError(
+                "differs from the embedding, though tie_word_embeddings is true (pass "
+                "hf_overrides={'tie_word_embeddings': False} to use it, or delete it from the file to go without it)"
+            )
         parameter.data[self.num_ids :].zero_()
 
 

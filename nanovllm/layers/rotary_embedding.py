@@ -3,6 +3,8 @@
 The frequencies of the scaled types come from transformers' own functions, so that they are its to the last bit.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -57,7 +59,11 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies, float32 [head_dim / 2], and the factor of cosines and sines."""
+    """Inverse frequencies, float32 [head_dim / 2], and the factor of cosines and sines.
+
+    Raises:
+        ValueError: See :class:`RotaryEmbedding`.
+    """
     rope = config.rope
     for values in (rope.parameters, config.values):  # it stands in either place
         if values.get("partial_rotary_factor") not in (None, 1.0):
@@ -67,8 +73,23 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Ten
             )
     if rope.rope_type == "default":
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
-        return 1.0 / (rope.theta**exponents), 1.0
+        frequencies, scaling = 1.0 / (rope.theta**exponents), 1.0
+    else:
+        frequencies, scaling = _scaled_frequencies(config, max_model_len)
+    found = f"rope_type {rope.rope_type!r} with rope_theta {rope.theta} and {rope.parameters}"
+    if not torch.isfinite(frequencies).all() or not math.isfinite(scaling):
+        raise ValueError(f"{found} gives frequencies or a scaling of them that are not finite; check these entries")
+    if frequencies.numel() * 2 != config.head_dim:
+        raise ValueError(
+            f"{found} rotates {frequencies.numel() * 2} of {config.head_dim} elements of a head; only whole heads are "
+            "supported"
+        )
+    return frequencies.float(), float(scaling)
 
+
+def _scaled_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Tensor, float]:
+    """What transformers computes for a type other than the default."""
+    rope = config.rope
     # Imported late: the default type, which nearly every checkpoint has, does without.
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -76,6 +97,13 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Ten
     known = sorted(set(ROPE_INIT_FUNCTIONS) | {"default"})
     if rope.rope_type not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope_type is {rope.rope_type!r}; this transformers knows {', '.join(known)}")
+    for name in ("short_factor", "long_factor"):
+        factors = rope.parameters.get(name)
+        if factors is not None and len(factors) != config.head_dim // 2:
+            raise ValueError(
+                f"{name} has {len(factors)} numbers; it must have one for every two of the head_dim of "
+                f"{config.head_dim}: {config.head_dim // 2}"
+            )
     # Some checkpoints keep this entry beside the rope parameters; like transformers, prefer it to the one among them.
     name = "original_max_position_embeddings"
     beside = {name: config.values[name]} if config.values.get(name) else {}
@@ -99,16 +127,8 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.Ten
             rope_scaling={**rope.parameters, "rope_type": rope.rope_type},
             **beside,
         )
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.rope_type](hf_config, torch.device("cpu"))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+        return ROPE_INIT_FUNCTIONS[rope.rope_type](hf_config, torch.device("cpu"))
+    except Exception as error:  # each version of transformers checks its configurations in its own way
         raise ValueError(
             f"rope_type {rope.rope_type!r} with {rope.parameters}: {error!r} is missing or wrong"
         ) from error
-    if not torch.isfinite(frequencies).all():
-        raise ValueError(f"rope_type {rope.rope_type!r} with {rope.parameters} gives frequencies that are not finite")
-    if frequencies.numel() * 2 != config.head_dim:
-        raise ValueError(
-            f"rope_type {rope.rope_type!r} with {rope.parameters} rotates {frequencies.numel() * 2} of "
-            f"{config.head_dim} elements of a head; only whole heads are supported"
-        )
-    return frequencies.float(), float(scaling)

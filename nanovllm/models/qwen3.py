@@ -13,6 +13,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.utils.loader import COPY
 from nanovllm.utils.model_config import ModelConfig
 
 
@@ -185,8 +186,10 @@ class Qwen3ForCausalLM(nn.Module):
 
     def resolve_weight(self, name: str) -> tuple[str, str] | None:
         """(parameter, shard id) that a checkpoint tensor fills; None if the model has no use for it."""
-        if name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight"):
+        if name.endswith("rotary_emb.inv_freq"):
             return None
+        if self.tied and name == "lm_head.weight":  # published Qwen3-0.6B holds one
+            return "model.embed_tokens.weight", COPY
         module, _, leaf = name.rpartition(".")
         parent, _, child = module.rpartition(".")
         fused, shard_id = self.FUSED.get(child, (child, ""))

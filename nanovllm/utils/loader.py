@@ -6,6 +6,7 @@ it is fused of them. The model says by what names: ``checkpoint_name -> (paramet
 
 import json
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Shard id of a tensor that is read only to be compared: its parameter is filled by another one, which it must equal.
+COPY = "copy"
+_COMPARED_BYTES = 2**24  # at a time
 
 
 class TensorSource(Protocol):
@@ -44,12 +48,28 @@ class Span:
         return cls(0, total, total)
 
 
-class ShapeMismatchError(ValueError):
+class TensorError(ValueError):
+    """A checkpoint tensor is not what the model needs; ``kind`` heads the list of its like."""
+
+    kind: str
+
+
+class ShapeMismatchError(TensorError):
     """A checkpoint tensor does not have the shape that the configuration says."""
 
+    kind = "of the wrong shape"
 
-class QuantizedTensorError(ValueError):
+
+class QuantizedTensorError(TensorError):
     """A checkpoint tensor is of a dtype whose numbers are not weights without the scales that belong to them."""
+
+    kind = "quantized, which is not supported"
+
+
+class DifferentCopyError(TensorError):
+    """A checkpoint tensor is not the copy of another one that the configuration makes of it."""
+
+    kind = "at odds with config.json"
 
 
 Loader = Callable[[nn.Parameter, TensorSource, str], None]
@@ -60,9 +80,19 @@ def new_parameter(
 ) -> nn.Parameter:
     """An uninitialised parameter that ``load(parameter, source, shard_id)``, a method of its layer, fills.
 
-    It is called once a shard id.
+    It is called once a shard id, and for ``COPY`` where the model resolves a tensor to that.
+
+    Raises:
+        ValueError: There is no memory for it.
     """
-    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+    try:
+        data = torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, TypeError) as error:  # out of memory, or out of the range of a size
+        raise ValueError(
+            f"a weight of shape {list(shape)} takes {math.prod(shape) * dtype.itemsize:,} bytes, which {device} cannot "
+            f"give; check the sizes in config.json and hf_overrides, or use a device with more memory ({error})"
+        ) from error
+    parameter = nn.Parameter(data, requires_grad=False)
     # The parameter must not hold its layer, which holds it: in such a circle the weights outlive the model.
     method = weakref.WeakMethod(load)
 
@@ -83,6 +113,23 @@ def copy_span(target: torch.Tensor, source: TensorSource, dim: int, span: Span) 
         ShapeMismatchError: ``source`` has another shape than ``target`` with ``span.total`` along ``dim``.
         QuantizedTensorError: Its elements are not floating-point numbers of at least 16 bits.
     """
+    target.copy_(_read_span(target, source, dim, span))
+
+
+def equals_rows(target: torch.Tensor, source: TensorSource, span: Span) -> bool:
+    """Whether rows ``span`` of ``source`` would leave ``target`` as it is; raises what :func:`copy_span` does."""
+    rows = max(1, _COMPARED_BYTES // (target[:1].nbytes or 1))
+    bits = torch.int16 if target.element_size() == 2 else torch.int32  # which are compared sooner than numbers
+    for start in range(0, span.length, rows):
+        mine = target[start : start + rows]
+        piece = _read_span(mine, source, 0, Span(span.start + start, len(mine), span.total))
+        if not torch.equal(mine.view(bits), piece.to(mine).view(bits)):
+            return False
+    return True
+
+
+def _read_span(target: torch.Tensor, source: TensorSource, dim: int, span: Span) -> torch.Tensor:
+    """``span`` of ``source`` along ``dim``, which is to have ``target``'s shape."""
     expected = list(target.shape)
     expected[dim] = span.total
     if source.get_shape() != expected:
@@ -91,7 +138,7 @@ def copy_span(target: torch.Tensor, source: TensorSource, dim: int, span: Span) 
     tensor = source[index]
     if tensor.dtype not in _PLAIN_DTYPES:
         raise QuantizedTensorError(f"has dtype {str(tensor.dtype).removeprefix('torch.')}")
-    target.copy_(tensor)
+    return tensor
 
 
 def find_shards(path: str) -> list[str]:
@@ -108,7 +155,7 @@ def find_shards(path: str) -> list[str]:
         try:
             with open(index_path, encoding="utf-8") as file:
                 names = sorted(set(json.load(file)["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index_path} is not a valid safetensors index; download it again") from error
         if not names or any(os.path.basename(str(name)) != name for name in names):
             raise ValueError(f"{index_path} names files outside its directory, or none; download it again")
@@ -141,17 +188,26 @@ def load_weights(model: nn.Module, path: str, resolve: Callable[[str], tuple[str
     Args:
         model: A model whose parameters were made by :func:`new_parameter`.
         path: Directory of the checkpoint.
-        resolve: Maps a checkpoint tensor's name to (parameter name, shard id); None for one to be left out.
+        resolve: Maps a checkpoint tensor's name to (parameter name, shard id); None for one to be left out. The
+            shard id ``COPY`` has it compared with the parameter.
 
     Raises:
         FileNotFoundError: A file is absent.
-        ValueError: A file is damaged, or tensors are missing, unexpected or of the wrong shape: all are listed.
+        ValueError: A file is damaged, or tensors are missing, unexpected or of the wrong shape: all are listed. If
+            there is none of these, copies are compared, and listed if they differ.
     """
     parameters = dict(model.named_parameters())
     wanted = {(name, shard) for name, parameter in parameters.items() for shard in parameter.shard_ids}  # type: ignore[attr-defined]
-    unexpected: list[str] = []
-    misshapen: list[str] = []
-    quantized: list[str] = []
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": []}
+    copies: list[tuple[str, str, tuple[str, str]]] = []
+
+    def load(file: Any, name: str, target: tuple[str, str]) -> None:
+        parameter = parameters[target[0]]
+        try:
+            parameter.load(parameter, file.get_slice(name), target[1])  # type: ignore[attr-defined]
+        except TensorError as error:
+            problems.setdefault(error.kind, []).append(f"{name} {error}")
+
     for shard_path in find_shards(path):
         # safetensors makes its tensors on torch's default device, which may be another, or none at all ("meta")
         with torch.device("cpu"), _open(shard_path) as file:
@@ -159,31 +215,22 @@ def load_weights(model: nn.Module, path: str, resolve: Callable[[str], tuple[str
                 target = resolve(name)
                 if target is None:
                     logger.debug("%s is left out: the model does not need it", name)
-                    continue
-                if target not in wanted:
-                    unexpected.append(name)
-                    continue
-                wanted.discard(target)
-                parameter = parameters[target[0]]
-                try:
-                    parameter.load(parameter, file.get_slice(name), target[1])  # type: ignore[attr-defined]
-                except ShapeMismatchError as error:
-                    misshapen.append(f"{name} {error}")
-                except QuantizedTensorError as error:
-                    quantized.append(f"{name} {error}")
-    problems = [
-        f"{kind}: {'; '.join(sorted(names))}"
-        for kind, names in (
-            ("missing", [f"{name}[{shard}]" if shard else name for name, shard in wanted]),
-            ("unexpected", unexpected),
-            ("of the wrong shape", misshapen),
-            ("quantized, which is not supported", quantized),
-        )
-        if names
-    ]
-    if problems:
+                elif target[1] == COPY:
+                    copies.append((shard_path, name, target))
+                elif target not in wanted:
+                    problems["unexpected"].append(name)
+                else:
+                    wanted.discard(target)
+                    load(file, name, target)
+    problems["missing"] = [f"{name}[{shard}]" if shard else name for name, shard in wanted]
+    if not any(problems.values()):
+        for shard_path, name, target in copies:  # last: what they must equal may come after them, in another file
+            with torch.device("cpu"), _open(shard_path) as file:
+                load(file, name, target)
+    lists = [f"{kind}: {'; '.join(sorted(names))}" for kind, names in problems.items() if names]
+    if lists:
         raise ValueError(
-            f"the weights in {path} do not fit its config.json. Tensors {'. Tensors '.join(problems)}. "
+            f"the weights in {path} do not fit its config.json. Tensors {'. Tensors '.join(lists)}. "
             "Check that config.json and the safetensors files belong together and are complete"
         )
 

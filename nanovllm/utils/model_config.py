@@ -6,10 +6,13 @@ newer ones ``dtype`` and ``rope_parameters``. Both are understood here, and nowh
 
 import difflib
 import json
-import math
+import logging
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -31,6 +34,21 @@ _OPTIONAL_KEYS = (
     "torch_dtype",
     "use_sliding_window",
 )
+
+# Entries of rope_parameters, of all types. Those of the first kind are positive numbers.
+_ROPE_POSITIVE = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "high_freq_factor",
+    "low_freq_factor",
+    "original_max_position_embeddings",
+)
+_ROPE_LISTS = ("long_factor", "short_factor")
+_ROPE_OTHERS = ("mscale", "mscale_all_dim", "partial_rotary_factor", "truncate")
+# One letter off in these and the model would run with another rope, without a word.
+_ROPE_DECISIVE = ("rope_theta", "rope_type", "type")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +117,7 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
             raise ValueError(f"hf_overrides names {key!r}, which {CONFIG_FILE} does not have{hint}")
     rope = _read_rope(overrides, _read_rope(values, RopeConfig("default", 10000.0, {})))
     values = {**values, **overrides}
+    rope = _checked_rope(rope, values)
     generation = _read_json(os.path.join(path, GENERATION_CONFIG_FILE)) or {}
 
     def integer(name: str, default: int | None = None) -> int:
@@ -112,12 +131,18 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
 
     def number(name: str, default: float) -> float:
         value = values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not _is_number(value) or value < 0:
             raise ValueError(f"{name} is {value!r} in {path}/{CONFIG_FILE}; it must be a number of at least 0")
         return float(value)
 
+    def boolean(name: str) -> bool:
+        value = values.get(name)
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{name} is {value!r} in {path}/{CONFIG_FILE}; it must be true or false")
+        return bool(value)
+
     architectures = values.get("architectures") or []
-    if not isinstance(architectures, list):
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ValueError(f"architectures is {architectures!r} in {path}/{CONFIG_FILE}; it must be a list of names")
     config = ModelConfig(
         path=path,
@@ -133,8 +158,8 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
         max_position_embeddings=integer("max_position_embeddings", 32768),
         rms_norm_eps=number("rms_norm_eps", 1e-6),
         hidden_act=str(values.get("hidden_act", "silu")),
-        attention_bias=bool(values.get("attention_bias", False)),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        attention_bias=boolean("attention_bias"),
+        tie_word_embeddings=boolean("tie_word_embeddings"),
         rope=rope,
         dtype=overrides.get("dtype")
         or overrides.get("torch_dtype")
@@ -146,11 +171,11 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
         generation_config=generation,
         values=values,
     )
-    _check_supported(config)
+    _check_supported(config, boolean("use_sliding_window"))
     return config
 
 
-def _check_supported(config: ModelConfig) -> None:
+def _check_supported(config: ModelConfig, use_sliding_window: bool) -> None:
     values = config.values
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
@@ -164,10 +189,13 @@ def _check_supported(config: ModelConfig) -> None:
     layer_types = values.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise ValueError(f"layer_types is {layer_types!r} in {config.path}/{CONFIG_FILE}; it must be a list of names")
+    full_layers = values.get("max_window_layers") or 0
+    if type(full_layers) is not int:
+        raise ValueError(
+            f"max_window_layers is {full_layers!r} in {config.path}/{CONFIG_FILE}; it must be a whole number"
+        )
     if any(kind != "full_attention" for kind in layer_types) or (
-        values.get("use_sliding_window")
-        and not layer_types
-        and (values.get("max_window_layers") or 0) < config.num_hidden_layers
+        use_sliding_window and not layer_types and full_layers < config.num_hidden_layers
     ):
         raise ValueError(
             f"{config.path} uses sliding-window attention, which is not supported; if its window is larger than your "
@@ -176,26 +204,56 @@ def _check_supported(config: ModelConfig) -> None:
 
 
 def _read_rope(values: dict[str, Any], base: RopeConfig) -> RopeConfig:
-    """The rope entries of ``values``, in either spelling, over those of ``base``."""
-    theta = _theta(values.get("rope_theta"), base.theta)
+    """The rope entries of ``values``, in either spelling, over those of ``base``; unchecked as yet."""
+    theta = values.get("rope_theta")
+    theta = base.theta if theta is None else theta
     if "rope_parameters" not in values and "rope_scaling" not in values:
         return RopeConfig(base.rope_type, theta, base.parameters)
     parameters = values.get("rope_scaling") or values.get("rope_parameters")  # in transformers' order
     if parameters is not None and not isinstance(parameters, dict):
         raise ValueError(f"rope_parameters is {parameters!r}; it must be a dictionary with a rope_type")
     parameters = dict(parameters or {})
-    theta = _theta(parameters.pop("rope_theta", None), theta)
+    own_theta = parameters.pop("rope_theta", None)
+    theta = theta if own_theta is None else own_theta
     legacy_type = parameters.pop("type", None)
     rope_type = parameters.pop("rope_type", None) or legacy_type or "default"
     return RopeConfig(str(rope_type), theta, parameters)
 
 
-def _theta(value: Any, default: float) -> float:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f"rope_theta is {value!r}; it must be a positive number")
-    return float(value)
+def _checked_rope(rope: RopeConfig, values: dict[str, Any]) -> RopeConfig:
+    """``rope`` without its empty entries; ValueError naming an entry that cannot be meant."""
+    parameters = {str(name): value for name, value in rope.parameters.items() if value is not None}
+    nested = [name for name, value in parameters.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(
+            f"rope_parameters has a dictionary for each type of layer ({', '.join(nested)}); all layers use the same "
+            f"here: pass hf_overrides={{'rope_parameters': {parameters[nested[0]]}}}"
+        )
+    known = (*_ROPE_POSITIVE, *_ROPE_LISTS, *_ROPE_OTHERS)
+    for name in sorted(parameters.keys() - set(known)):
+        near = difflib.get_close_matches(name, _ROPE_DECISIVE, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(f"rope_parameters has an entry {name!r}; did you mean {near[0]!r}?")
+        logger.warning("rope_parameters has an entry %r, which is not used; known are %s", name, ", ".join(known))
+    length = "original_max_position_embeddings"  # may stand beside the others
+    beside = {} if values.get(length) is None else {length: values[length]}
+    positive = {name: value for name, value in parameters.items() if name in _ROPE_POSITIVE}
+    for name, value in [("rope_theta", rope.theta), *positive.items(), *beside.items()]:
+        if not _is_number(value) or value <= 0:
+            raise ValueError(f"{name} is {value!r} (rope); it must be a positive, finite number")
+    for name in ("mscale", "mscale_all_dim"):
+        if not _is_number(parameters.get(name, 0)):
+            raise ValueError(f"{name} is {parameters[name]!r} (rope); it must be a finite number")
+    for name in _ROPE_LISTS:
+        factors = parameters.get(name, [])
+        if not isinstance(factors, list) or not all(_is_number(factor) and factor > 0 for factor in factors):
+            raise ValueError(f"{name} is {factors!r} (rope); it must be a list of positive, finite numbers")
+    return replace(rope, theta=float(rope.theta), parameters=parameters)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that a float can hold: no bool, no NaN, not infinite, not 10**400."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -213,7 +271,7 @@ def _read_json(path: str) -> dict[str, Any] | None:
             values = json.load(file)
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not only JSON's own: text, numbers and nesting have limits
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")

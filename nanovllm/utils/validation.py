@@ -44,15 +44,18 @@ def check_number(name: str, value: Any, low: float | None = None, high: float | 
     return number
 
 
-def check_bool(name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is True or False."""
+def check_bool(name: str, value: Any) -> bool:
+    """``value`` as a bool; TypeError unless it is True or False, Python's or an array's."""
+    value = _scalar(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be True or False")
+    return value
 
 
 def unknown_argument(where: str, name: str, known: Iterable[str]) -> TypeError:
     """A TypeError for a misspelt keyword, with the nearest known one."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    begun = [known for known in names if len(name) > 2 and known.startswith(name)]  # temp: temperature
+    near = [min(begun, key=len)] if begun else difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known arguments: {', '.join(names)}"
     return TypeError(f"{where} has no argument {name!r}; {hint}")

@@ -1,0 +1,180 @@
+"""Requests before they enter the engine: checked, tokenised, and refused with a reason."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nanovllm.engine.prompts import Prompt, parse_prompt
+from nanovllm.engine.request import PreparedRequest
+from nanovllm.engine.tokenizer import encode_words
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.model_config import ModelConfig
+
+
+class Intake:
+    """Checks requests against the model and the KV cache.
+
+    Args:
+        model_config: The checkpoint's configuration.
+        tokenizer: Its tokenizer, or None.
+        default_params: Sampling parameters of requests without their own.
+        max_model_len: Most tokens of a sequence.
+        num_blocks: KV blocks.
+        block_size: Tokens a KV block.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        tokenizer: Any,
+        default_params: SamplingParams,
+        max_model_len: int,
+        num_blocks: int,
+        block_size: int,
+    ) -> None:
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.default_params = default_params
+        self.max_model_len = max_model_len
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+
+    def prepare(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], first_index: int = 0
+    ) -> list[PreparedRequest | Exception]:
+        """Check and tokenise prompts; changes nothing.
+
+        Args:
+            prompts: Strings, lists of token ids, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}``.
+            params: One a prompt; None takes the checkpoint's defaults.
+            first_index: Number of the first prompt, for the messages; a single one from 0 on is "the prompt".
+
+        Returns:
+            For each prompt the request, or what is wrong with it: a TypeError or a ValueError that names it.
+        """
+        single = len(prompts) == 1 and first_index == 0
+        prepared: list[Any] = []
+        texts: list[str] = []
+        for index, (prompt, given) in enumerate(zip(prompts, params, strict=True), first_index):
+            name = "the prompt" if single else f"prompt {index}"
+            try:
+                text, token_ids = parse_prompt(name, prompt)
+                if given is not None and not isinstance(given, SamplingParams):
+                    raise TypeError(f"the sampling_params of {name} are {given!r}; pass a SamplingParams")
+                if token_ids is None and self.tokenizer is None:
+                    raise ValueError(
+                        f"{name} is text, which needs a tokenizer, and the engine was made with "
+                        "skip_tokenizer_init=True; pass token ids"
+                    )
+                prepared.append((name, text, token_ids, given or self.default_params))
+                if token_ids is None and text is not None:
+                    texts.append(text)
+            except (TypeError, ValueError) as error:
+                prepared.append(error)
+        encoded = iter(self._tokenize(texts))
+        for index, request in enumerate(prepared):
+            if isinstance(request, Exception):
+                continue
+            name, text, token_ids, chosen = request
+            try:
+                prepared[index] = self._prepare(name, text, next(encoded) if token_ids is None else token_ids, chosen)
+            except (TypeError, ValueError) as error:
+                prepared[index] = error
+        return prepared
+
+    def tokenize_pair(self, index: int, prompt: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and what follows it.
+
+        Raises:
+            TypeError: One has the wrong type.
+            ValueError: One is empty, or text without a tokenizer.
+        """
+        names = f"prompt {index}", f"continuation {index}"
+        (text, ids), (text_after, ids_after) = parse_prompt(names[0], prompt), parse_prompt(names[1], continuation)
+        if self.tokenizer is None and (ids is None or ids_after is None):
+            raise ValueError(f"{names[0]} or its continuation is text, which needs a tokenizer; pass token ids")
+        if ids is None:
+            [ids] = self._tokenize([str(text)])
+        if ids_after is None and self.tokenizer is not None:
+            ids_after = list(self.tokenizer.encode(str(text_after), add_special_tokens=False))
+            if text is not None:
+                [together] = self._tokenize([f"{text}{text_after}"])
+                if together[: len(ids)] == ids:
+                    ids_after = together[len(ids) :]
+        for name, token_ids in zip(names, (ids, ids_after), strict=True):
+            if not token_ids:
+                raise ValueError(f"{name} is empty; give at least one token")
+        return ids, ids_after or []
+
+    def prepare_scored(self, name: str, prompt: list[int], continuation: list[int]) -> PreparedRequest:
+        """A request that computes the log-probabilities of ``continuation`` after ``prompt``, and no more.
+
+        Raises:
+            ValueError: They name a token that does not exist, or do not fit; the message says which.
+        """
+        token_ids = [*prompt, *continuation]
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, ignore_eos=True, detokenize=False)
+        limit = self._check_length(name, token_ids, params, self.max_model_len + 1)
+        return PreparedRequest(None, token_ids, params, limit, first_logprob=len(prompt))
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts or self.tokenizer is None:
+            return []
+        return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _prepare(self, name: str, text: str | None, token_ids: list[int], params: SamplingParams) -> PreparedRequest:
+        """Check one request against the model."""
+        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            outside = [token for token in getattr(params, field) or () if token >= self.model_config.vocab_size]
+            if outside:
+                raise ValueError(
+                    f"{field} of {name} has token id {outside[0]}; the vocabulary has ids 0 to "
+                    f"{self.model_config.vocab_size - 1}"
+                )
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            field = "stop" if params.stop else "bad_words"
+            raise ValueError(
+                f"{field} of {name} needs a tokenizer, and the engine was made with skip_tokenizer_init=True; use "
+                "stop_token_ids or logit_bias"
+            )
+        limit = self._check_length(name, token_ids, params, self.max_model_len)
+        bad_words = encode_words(self.tokenizer, params.bad_words) if params.bad_words else ()
+        first_logprob = None if params.prompt_logprobs is None else 1
+        return PreparedRequest(text, token_ids, params, limit, bad_words, first_logprob)
+
+    def _check_length(self, name: str, token_ids: list[int], params: SamplingParams, longest: int) -> int:
+        """Check a prompt's ids and room; returns the most tokens it may generate."""
+        length, vocab_size = len(token_ids), self.model_config.vocab_size
+        if not length:
+            raise ValueError(f"{name} is empty; give at least one token")
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"{name} has token id {low if low < 0 else high}; the vocabulary has ids 0 to {vocab_size - 1}"
+            )
+        if length >= longest:
+            raise ValueError(
+                f"{name} has {length} tokens; max_model_len is {self.max_model_len}, prompt and output together "
+                "(raise max_model_len or shorten the prompt)"
+            )
+        limit = longest - length
+        capacity = self.num_blocks * self.block_size + 1  # the last token's KV is never needed
+        if params.max_tokens is None:
+            limit = max(1, min(limit, capacity - length))
+        else:
+            limit = min(limit, params.max_tokens)
+        if length + limit > capacity:
+            blocks = -(-(length + limit - 1) // self.block_size)
+            raise ValueError(
+                f"{name} has {length} tokens and may generate {limit}, which takes {blocks} KV blocks of "
+                f"{self.block_size} tokens; the cache has {self.num_blocks} (raise num_kvcache_blocks, lower "
+                "max_tokens or shorten the prompt)"
+            )
+        return limit
+
+
+def default_sampling_params(model_config: ModelConfig) -> SamplingParams:
+    """The checkpoint's own sampling parameters; ValueError naming the file if they are invalid."""
+    try:
+        return SamplingParams.from_generation_config(model_config.generation_config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{model_config.path}/generation_config.json: {error}; correct the file") from error

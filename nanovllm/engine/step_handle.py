@@ -1,0 +1,85 @@
+"""A step that has been launched, and what it gives once the device is done."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.engine.step_plan import StepResult, TokenLogprobs
+from nanovllm.layers.logprobs import token_logprobs, top_logprobs
+
+NO_TOKEN = (
+    "the logits are not finite, or no token is allowed: the weights or the dtype overflow (try dtype='float32'), or "
+    "allowed_token_ids, bad_words, min_tokens and logits_processors leave no token"
+)
+
+
+@dataclass(slots=True)
+class DeviceLogprobs:
+    """Log-probabilities of some rows of logits, on the device: of given tokens, and the most likely ones."""
+
+    tokens: torch.Tensor  # int64 [rows]
+    logprobs: torch.Tensor  # float32 [rows]
+    ranks: torch.Tensor  # int64 [rows]
+    top_ids: torch.Tensor  # int64 [rows, most asked for]
+    top_logprobs: torch.Tensor  # float32, the same
+    numbers: list[int]  # by row, how many of those it asked for; -1 for all
+
+    @classmethod
+    def compute(cls, logits: torch.Tensor, tokens: torch.Tensor, numbers: list[int]) -> "DeviceLogprobs":
+        """Of float32 logits [rows, vocab_size]."""
+        most = logits.shape[1] if -1 in numbers else min(max(numbers), logits.shape[1])
+        values, ids = top_logprobs(logits, most)
+        chosen, ranks = token_logprobs(logits, tokens.clamp(min=0))
+        return cls(tokens, chosen, ranks, ids, values, numbers)
+
+    def to_host(self) -> list[TokenLogprobs]:
+        rows = zip(
+            self.tokens.tolist(),
+            self.logprobs.tolist(),
+            self.ranks.tolist(),
+            self.top_ids.tolist(),
+            self.top_logprobs.tolist(),
+            self.numbers,
+            strict=True,
+        )
+        return [
+            TokenLogprobs(token, logprob, rank, list(zip(ids, values, strict=True))[: None if n == -1 else n])
+            for token, logprob, rank, ids, values, n in rows
+        ]
+
+
+class StepHandle:
+    """A step that has been launched.
+
+    Args:
+        tokens: int64 [sampling rows] on the device; None if no row samples.
+        errors: By sampling row, what went wrong before sampling.
+        logprobs: Of the sampled tokens: their rows, and what they asked for.
+        prompt_logprobs: By row of the plan: first position, and what was computed from there on.
+    """
+
+    def __init__(
+        self,
+        tokens: torch.Tensor | None,
+        errors: dict[int, str] | None = None,
+        logprobs: tuple[list[int], DeviceLogprobs] | None = None,
+        prompt_logprobs: dict[int, tuple[int, list[DeviceLogprobs]]] | None = None,
+    ) -> None:
+        self._tokens = tokens
+        self._errors = errors or {}
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs or {}
+
+    def result(self) -> StepResult:
+        """What the step gave. Waits for the device."""
+        tokens = [] if self._tokens is None else self._tokens.tolist()
+        errors = {row: self._errors.get(row, NO_TOKEN) for row, token in enumerate(tokens) if token < 0}
+        logprobs = {}
+        if self._logprobs is not None:
+            rows, computed = self._logprobs
+            logprobs = dict(zip(rows, computed.to_host(), strict=True))
+        prompt_logprobs = {
+            row: (first, [logprob for piece in pieces for logprob in piece.to_host()])
+            for row, (first, pieces) in self._prompt_logprobs.items()
+        }
+        return StepResult(tokens, errors, logprobs, prompt_logprobs)

@@ -1,0 +1,116 @@
+"""The checkpoint's tokenizer: loading it, and rendering conversations and words with it."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a checkpoint; ValueError saying what to do if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    if not any(os.path.exists(os.path.join(path, name)) for name in TOKENIZER_FILES):
+        # transformers 5 would make up an empty tokenizer
+        raise ValueError(
+            f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); download it, name another directory with "
+            "tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise ValueError(
+            f"the tokenizer in {path} cannot be loaded ({error}); download tokenizer.json and tokenizer_config.json, "
+            "name another directory with tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
+        ) from error
+
+
+def encode_words(tokenizer: Any, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word, at the beginning of a text and after a space, where they differ."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word, f" {word.lstrip()}"):
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if ids:
+                found[ids] = None
+    return tuple(found)
+
+
+def as_conversations(messages: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+    """One conversation or many -> a list of conversations, and whether many were given.
+
+    Raises:
+        TypeError: It is no list of messages, nor a list of such lists.
+        ValueError: It is empty, or a message lacks its role.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise TypeError(
+            f"messages is a {type(messages).__name__}; pass a list of {{'role': ..., 'content': ...}}, or a list of "
+            "such lists"
+        )
+    given = list(messages)
+    many = bool(given) and not isinstance(given[0], Mapping)
+    conversations = given if many else [given]
+    if not many and not given:
+        return [], True
+    return [_check(f"conversation {index}" if many else "messages", c) for index, c in enumerate(conversations)], many
+
+
+def _check(name: str, conversation: Any) -> list[dict[str, Any]]:
+    if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Iterable):
+        raise TypeError(f"{name} is a {type(conversation).__name__}; it must be a list of messages")
+    checked = []
+    for index, message in enumerate(conversation):
+        if not isinstance(message, Mapping):
+            raise TypeError(f"{name}[{index}] is a {type(message).__name__}; it must be a dictionary with 'role'")
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"{name}[{index}] has no 'role'; use 'system', 'user', 'assistant' or 'tool'")
+        checked.append({**message, "content": _text(f"{name}[{index}]", message.get("content"))})
+    if not checked:
+        raise ValueError(f"{name} is empty; give at least one message")
+    return checked
+
+
+def _text(name: str, content: Any) -> str:
+    """The content of a message as text; parts of type "text" are joined."""
+    if content is None:  # a message that only calls tools
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+        return "".join(str(part.get("text", "")) for part in content)
+    raise TypeError(f"{name}['content'] is {content!r}; it must be a string or a list of parts of type 'text'")
+
+
+def render_chat(
+    tokenizer: Any,
+    conversation: list[dict[str, Any]],
+    *,
+    chat_template: str | None,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    tools: list[Any] | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> str:
+    """A conversation as the text that the model was trained to continue.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or the template refuses the conversation.
+    """
+    if chat_template is None and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the tokenizer has no chat template; pass chat_template=..., or call generate() with plain text"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            conversation,
+            tokenize=False,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
+    except Exception as error:  # templates are programs, and raise what they like
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error

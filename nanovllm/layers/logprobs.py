@@ -1,0 +1,59 @@
+"""Log-probabilities of tokens under the model's own distribution: the softmax of its raw logits.
+
+Only a row's maximum and the sum of its exponentials are computed; log_softmax of the vocabulary is never held.
+"""
+
+import torch
+
+from nanovllm.layers.sampler import in_blocks, most_likely, rows_at_a_time
+
+
+def top_logprobs(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely tokens.
+
+    Args:
+        logits: float32 [rows, vocab_size].
+        num: How many a row; at most ``vocab_size``.
+
+    Returns:
+        Log-probabilities float32 [rows, num], the most likely first, and token ids int64 [rows, num]; of equally
+        likely tokens the lower id comes first.
+    """
+    if num * 16 >= logits.shape[1]:
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
+        values, ids = values[:, :num], ids[:, :num]
+    else:
+        blocks = in_blocks(logits)
+        rows = torch.arange(len(logits), device=logits.device)
+        values, ids = most_likely(blocks, blocks.amax(dim=-1), rows, num)
+    peak, log_total = _normalizers(logits)
+    return values - peak - log_total, ids
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A given token of each row.
+
+    Args:
+        logits: float32 [rows, vocab_size].
+        tokens: int64 [rows]; -1, a row of which nothing could be sampled, is taken as 0.
+
+    Returns:
+        Log-probabilities float32 [rows] and ranks int64 [rows], from 1. As in vLLM the rank is the number of tokens
+        that are at least as likely, so that equally likely tokens have the same.
+    """
+    chosen = logits.gather(-1, tokens.clamp(min=0)[:, None])
+    ranks = torch.cat([(part >= value).sum(dim=-1) for part, value in _parts(logits, chosen)])
+    peak, log_total = _normalizers(logits)
+    return (chosen - peak - log_total)[:, 0], ranks
+
+
+def _normalizers(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit, and the log of the sum of exponentials relative to it: float32 [rows, 1] each."""
+    peak = logits.amax(dim=-1, keepdim=True)
+    totals = [(part - top).exp_().sum(dim=-1, keepdim=True) for part, top in _parts(logits, peak)]
+    return peak, torch.cat(totals).log_()
+
+
+def _parts(logits: torch.Tensor, column: torch.Tensor) -> "zip[tuple[torch.Tensor, torch.Tensor]]":
+    step = rows_at_a_time(logits)
+    return zip(logits.split(step), column.split(step), strict=True)
