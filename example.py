@@ -45,18 +45,13 @@ def ask(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         tensor_parallel_size=args.tensor_parallel_size,
     ) as llm:
-        tokenizer = llm.get_tokenizer()
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=args.thinking,
-            )
-            for prompt in prompts
-        ]
         start = time.perf_counter()
-        outputs = llm.generate(chats, sampling_params, use_tqdm=sys.stderr.isatty())
+        outputs = llm.chat(
+            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            sampling_params,
+            use_tqdm=sys.stderr.isatty(),
+            chat_template_kwargs={"enable_thinking": args.thinking},
+        )
         seconds = time.perf_counter() - start
         metrics = llm.get_metrics()
 

@@ -41,9 +41,10 @@ def test_api_page_lists_every_argument_and_field() -> None:
 
     from nanovllm import CompletionOutput, RequestOutput, SamplingParams
     from nanovllm.config import EngineConfig
+    from nanovllm.outputs import ScoreOutput, StreamOutput
 
     page = (ROOT / "docs" / "api.md").read_text("utf-8")
-    for kind in (EngineConfig, SamplingParams, RequestOutput, CompletionOutput):
+    for kind in (EngineConfig, SamplingParams, RequestOutput, CompletionOutput, StreamOutput, ScoreOutput):
         for field in dataclasses.fields(kind):
             assert f"`{field.name}`" in page, f"{kind.__name__}.{field.name}"
 
