@@ -81,8 +81,12 @@ class SimulatedDevice:
         self.slots: dict[int, Slot] = {}
         self.cache: dict[tuple[int, int], KV] = {}  # (block, offset) -> what was written there last
 
-    def execute(self, plan: StepPlan) -> list[int]:
-        """Run a plan; returns a token a sampling row."""
+    def execute(self, plan: StepPlan, sharing: frozenset[int] = frozenset()) -> list[int]:
+        """Run a plan; returns a token a sampling row.
+
+        Rows of the slots ``sharing`` may read what rows before them write in the same step, as each layer writes
+        before it attends.
+        """
         for number in plan.released:
             del self.slots[number]
         for entry in plan.entered:
@@ -98,7 +102,8 @@ class SimulatedDevice:
         assert len(set(plan.slots)) == len(rows), "a slot has two rows"
         written: dict[tuple[int, int], KV] = {}
         for number, start, length, samples in rows:
-            self._compute(self.slots[number], start, length, samples, written)
+            readable = {**self.cache, **written} if number in sharing else self.cache
+            self._compute(self.slots[number], start, length, samples, written, readable)
         self.cache.update(written)
         sampled = []
         for number, _, _, samples in rows:
@@ -108,7 +113,15 @@ class SimulatedDevice:
                 slot.tokens.append(sampled[-1])
         return sampled
 
-    def _compute(self, slot: Slot, start: int, length: int, samples: bool, written: dict[tuple[int, int], KV]) -> None:
+    def _compute(
+        self,
+        slot: Slot,
+        start: int,
+        length: int,
+        samples: bool,
+        written: dict[tuple[int, int], KV],
+        readable: dict[tuple[int, int], KV],
+    ) -> None:
         end = start + length
         assert length > 0, "a zero-length query"
         assert slot.computed in (None, start), "a token is skipped or computed twice"
@@ -117,7 +130,7 @@ class SimulatedDevice:
         assert end <= len(slot.blocks) * self.block_size, "a token has no block"
         expected = slot.expected(end)
         places = [(slot.blocks[p // self.block_size], p % self.block_size) for p in range(end)]
-        assert [self.cache.get(place) for place in places[:start]] == expected[:start], "somebody else's KV is read"
+        assert [readable.get(place) for place in places[:start]] == expected[:start], "somebody else's KV is read"
         for place, kv in zip(places[start:], expected[start:], strict=True):
             assert place not in written, "two rows write to one place"
             written[place] = kv
@@ -184,15 +197,26 @@ class Simulation:
         self.scheduler.check_integrity()
         if plan is not None:
             self._check(plan)
-            self.in_flight.append((plan, self.device.execute(plan)))
+            sharing = frozenset(seq.slot for seq in self.scheduler.running if seq.leader is not None)
+            self.in_flight.append((plan, self.device.execute(plan, sharing)))
         return plan
 
-    def land(self) -> list[Sequence]:
-        """Tell the scheduler the tokens of the oldest step in flight; returns the sequences that got one."""
+    def land(self, failing: int | None = None) -> list[Sequence]:
+        """Tell the scheduler the tokens of the oldest step in flight; returns the sequences that got one.
+
+        With ``failing``, one of its rows has none: its logits were not numbers.
+        """
         plan, tokens = self.in_flight.popleft()
-        advanced = self.scheduler.update(plan, StepResult(tokens))
+        errors = {}
+        if failing is not None and tokens:
+            row = failing % len(tokens)
+            tokens = [-1 if number == row else token for number, token in enumerate(tokens)]
+            errors = {row: "no token"}
+        advanced = self.scheduler.update(plan, StepResult(tokens, errors))
         self.scheduler.check_integrity()
-        self.first_tokens += [seq.number for seq in advanced if seq.num_output_tokens == 1]
+        self.first_tokens += [
+            seq.number for seq in advanced if seq.num_output_tokens == 1 and seq.finish_reason != "error"
+        ]
         return advanced
 
     def step(self) -> StepPlan | None:
@@ -212,9 +236,12 @@ class Simulation:
             assert steps < 10_000, "it does not end"
         return steps
 
-    def abort(self, seq: Sequence) -> None:
-        """End a sequence, as a user does between two steps."""
-        self.scheduler.finish(seq, "abort")
+    def abort(self, *sequences: Sequence) -> None:
+        """End sequences, as a user does between two steps."""
+        if len(sequences) == 1:
+            self.scheduler.finish(sequences[0], "abort")
+        else:
+            self.scheduler.finish_all(sequences, "abort")
         self.scheduler.check_integrity()
 
     def reset(self) -> None:
@@ -229,7 +256,7 @@ class Simulation:
         for seq in self.sequences:
             assert seq.finished
             expected = continuation(seq)
-            if seq.finish_reason == "abort":
+            if seq.finish_reason in ("abort", "error"):
                 assert seq.output_token_ids == expected[: seq.num_output_tokens]
             else:
                 assert seq.output_token_ids == expected
@@ -246,6 +273,9 @@ class Simulation:
         assert len(plan.released) <= self.scheduler.max_num_seqs
         assert len(plan.appended_blocks) <= len(plan.slots)
         assert {entry.slot for entry in plan.entered} <= set(plan.slots)
+        for entry in plan.entered:  # what gives the log-probability of a token is computed
+            if entry.first_logprob is not None:
+                assert plan.starts[plan.slots.index(entry.slot)] < entry.first_logprob
 
 
 def interrupt_at_lines(start: Callable[[], Callable[[], object]], every: int = 1) -> Iterator[str]:

@@ -46,7 +46,8 @@ def workloads(draw: st.DrawFn) -> Workload:
         "enable_prefix_caching": draw(st.sampled_from([True, True, True, False])),
         "depth": draw(st.integers(0, 2)),  # 1 is overlap
     }
-    kinds = ["add"] * 9 + ["step"] * 9 + ["launch", "launch", "land", "land", "abort", "forget prefixes", "reset"]
+    kinds = ["add"] * 9 + ["step"] * 9 + ["launch", "launch", "land", "land", "abort", "fail", "forget prefixes"]
+    kinds += ["abort many", "reset"]
     operation = st.tuples(st.sampled_from(kinds), st.binary(min_size=4, max_size=4))
     return Workload(limits, draw(st.sampled_from([0, 16])), draw(st.lists(operation, min_size=10, max_size=50)))
 
@@ -60,7 +61,11 @@ def perform(simulation: Simulation, kind: str, details: bytes) -> None:
         prompt = (TEXTS[a % len(TEXTS)][: 1 + (b + 5) % 50] + ending)[: max(1, (longest - 1) // (4 - d // 64))]
         most = min(60, longest - len(prompt))
         max_tokens = most - c % most
-        simulation.add(prompt, max_tokens, eos=[(), (0,), (0, 1)][d % 3], noise_key=c % 2)
+        eos = [(), (0,), (0, 1)][d % 3]
+        first_logprob = 1 + b % len(prompt) if a % 5 == 0 else None
+        leader = simulation.add(prompt, max_tokens, eos=eos, noise_key=c % 2, first_logprob=first_logprob)
+        for index in range(max(0, b % 8 - 4)):  # further completions of the prompt
+            simulation.add(prompt, max_tokens, eos=eos, noise_key=2 + index, leader=leader)
     elif kind == "step":
         simulation.step()
     elif kind == "launch" and len(simulation.in_flight) <= simulation.depth:
@@ -69,6 +74,10 @@ def perform(simulation: Simulation, kind: str, details: bytes) -> None:
         simulation.land()
     elif kind == "abort" and simulation.sequences:
         simulation.abort(simulation.sequences[-1 - a % min(6, len(simulation.sequences))])
+    elif kind == "fail" and simulation.in_flight:
+        simulation.land(failing=a)
+    elif kind == "abort many":
+        simulation.abort(*simulation.sequences[-1 - a % 6 :: 2])
     elif kind == "forget prefixes":
         simulation.manager.reset_prefix_cache()
         simulation.scheduler.check_integrity()

@@ -261,7 +261,8 @@ class Scheduler:
     def _shareable_blocks(self, seq: Sequence) -> list[int]:
         """Blocks that hold the beginning of ``seq``: its leader's, or cached ones if those are more; takes nothing."""
         matched = self.block_manager.match_prefix(seq)
-        # A step in flight may still have to write the leader's blocks; steps run in order, so it will before we read.
+        # A step in flight may still have to write the leader's blocks, or this very step: steps run in order, and each
+        # layer writes before it attends, so it is there when we read.
         leader, size = seq.leader, self.block_manager.block_size
         if leader and leader.status is SequenceStatus.RUNNING:
             shared = min(leader.num_computed_tokens, seq.num_prompt_tokens - 1) // size
