@@ -15,7 +15,7 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.detokenizer import WINDOW, Detokenizer, decode
 
 # derandomize: the same texts on every machine; a failure elsewhere is a failure here.
-checked = settings(deadline=None, derandomize=True, database=None, max_examples=300)
+checked = settings(deadline=None, derandomize=True, database=None, max_examples=200)
 
 REPLACEMENT = "\ufffd"
 FAMILY = "👩\u200d👩\u200d👧\u200d👦"  # 4 emoji and 3 joiners
@@ -397,7 +397,10 @@ class TestStop:
 
     def test_what_cannot_be_cut_is_not_held_back(self) -> None:
         ids = from_bytes(b"ab")
-        for options in ({"stop": ["abc"], "include_stop_str_in_output": True}, {"stop": ["ab"], "min_tokens": 2}):
+        for options in (
+            {"stop": ["abc"], "include_stop_str_in_output": True},
+            {"stop": ["ab", "xyz"], "min_tokens": 2},
+        ):
             assert stream(Detokenizer(byte_level(), **options), ids)[:2] in (["a", "b"], ["", "ab"])
 
     def test_the_end_of_the_sequence_may_complete_a_stop_string(self) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS
-from nanovllm.layers.sampler import exponential_noise, token_words
+from nanovllm.layers.noise import exponential_noise, token_words
 from tests.checkpoints import reference_greedy
 
 pytestmark = pytest.mark.gpu

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,13 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.llm_engine import noise_key
 from nanovllm.layers import sampler as sampler_module
 from nanovllm.layers.logprobs import token_logprobs, top_logprobs
-from nanovllm.layers.sampler import (
-    BLOCK,
-    Sampler,
-    SamplingRows,
-    block_words,
-    exponential_noise,
-    in_blocks,
-    most_likely,
-    token_words,
-)
+from nanovllm.layers.noise import block_words, exponential_noise, token_words
+from nanovllm.layers.sampler import Sampler, SamplingRows
+from nanovllm.layers.top_tokens import BLOCK, in_blocks, most_likely
 from tests.threads import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 NUM_REQUESTS, NUM_POSITIONS = 400, 300
-NUM_DRAWS = NUM_REQUESTS * NUM_POSITIONS
 # p-values: of the sampler as it is, and of any of the wrong ones
 PASSES, FAILS = 1e-3, 1e-9
 
@@ -79,7 +72,9 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     return Sampler(logits.shape[1], CPU)(logits.clone(), rows)
 
 
-def draws(logits: torch.Tensor, unbounded: bool = False, **settings: Any) -> torch.Tensor:
+def draws(
+    logits: torch.Tensor, unbounded: bool = False, num_positions: int = NUM_POSITIONS, **settings: Any
+) -> torch.Tensor:
     """Draws from one row of logits, [requests, positions]: every request at every position.
 
     Args:
@@ -87,13 +82,16 @@ def draws(logits: torch.Tensor, unbounded: bool = False, **settings: Any) -> tor
         unbounded: As in a batch with a row of top_p alone, whose kept tokens may be many.
         settings: temperature, top_k, top_p, min_p.
     """
-    keys = request_keys(NUM_REQUESTS).repeat_interleave(NUM_POSITIONS, dim=0)
-    positions = torch.arange(1, NUM_POSITIONS + 1).repeat(NUM_REQUESTS)
+    keys = request_keys(NUM_REQUESTS).repeat_interleave(num_positions, dim=0)
+    positions = torch.arange(1, num_positions + 1).repeat(NUM_REQUESTS)
     rows = make_rows(keys, positions, **settings)
     if unbounded:
         rows.num_candidates = 0
-    tokens = sample(logits.expand(NUM_DRAWS, -1), rows)
-    return tokens.view(NUM_REQUESTS, NUM_POSITIONS)
+    tokens = sample(logits.expand(len(positions), -1), rows)
+    return tokens.view(NUM_REQUESTS, num_positions)
+
+
+few_draws = partial(draws, num_positions=40)  # to see what is drawn at all
 
 
 def exact_distribution(
@@ -187,13 +185,13 @@ class TestDistribution:
     def test_top_p_goes_by_the_probabilities_that_top_k_leaves(self) -> None:
         """Of .4 .3 .2 .1, top_k=2 leaves 4/7 and 3/7; half of that is the first alone, of the whole it is both."""
         logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-        assert draws(logits, top_k=2, top_p=0.5).unique().tolist() == [3]
-        assert draws(logits, top_p=0.5).unique().tolist() == [2, 3]
+        assert few_draws(logits, top_k=2, top_p=0.5).unique().tolist() == [3]
+        assert few_draws(logits, top_p=0.5).unique().tolist() == [2, 3]
 
     def test_top_p_goes_by_the_probabilities_at_the_temperature(self) -> None:
         logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-        assert draws(logits, temperature=0.25, top_p=0.6).unique().tolist() == [3]
-        assert draws(logits, temperature=4.0, top_p=0.6).unique().tolist() == [1, 2, 3]
+        assert few_draws(logits, temperature=0.25, top_p=0.6).unique().tolist() == [3]
+        assert few_draws(logits, temperature=4.0, top_p=0.6).unique().tolist() == [1, 2, 3]
 
     def test_neighbouring_draws_are_independent(self) -> None:
         """Pairs of tokens at neighbouring positions, of neighbouring requests, and one position apart from these."""
@@ -220,16 +218,16 @@ class TestWhatIsKept:
     )
     def test_the_smallest_set_that_reaches_top_p(self, top_p: float, kept: list[int]) -> None:
         logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-        assert draws(logits, top_p=top_p).unique().tolist() == kept
+        assert few_draws(logits, top_p=top_p).unique().tolist() == kept
 
     @pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.5 + 1e-6, 3), (0.5 - 1e-6, 2)])
     def test_a_sum_that_reaches_top_p_exactly_is_enough(self, top_p: float, kept: int) -> None:
         """Quarters add up exactly, so `reaches` and `exceeds` differ."""
-        assert draws(torch.zeros(4), top_p=top_p).unique().tolist() == list(range(kept))
+        assert few_draws(torch.zeros(4), top_p=top_p).unique().tolist() == list(range(kept))
 
     def test_one_token_always_stays(self) -> None:
         for top_p in (1e-9, 1e-30, 1e-50):
-            assert draws(LOGITS, top_p=top_p).unique().tolist() == [int(LOGITS.argmax())]
+            assert few_draws(LOGITS, top_p=top_p).unique().tolist() == [int(LOGITS.argmax())]
 
     def test_top_p_of_one_keeps_all_whatever_the_sum_rounds_to(self) -> None:
         """In float32 the first probability is 1 already; but it only reaches any smaller top_p."""
@@ -242,12 +240,12 @@ class TestWhatIsKept:
             assert len(drawn.unique()) == kept
             assert distribution[3] > 0.99
         logits[3] = 40.0
-        assert draws(logits, top_k=0, top_p=1 - 2.0**-24).unique().tolist() == [3]
+        assert few_draws(logits, top_k=0, top_p=1 - 2.0**-24).unique().tolist() == [3]
 
     def test_ties_are_kept_in_the_order_of_the_ids(self) -> None:
         logits = torch.tensor([0.0, 2.0, 2.0, 2.0, 0.0])
-        assert draws(logits, top_k=2).unique().tolist() == [1, 2]
-        assert draws(logits, temperature=0).unique().tolist() == [1]
+        assert few_draws(logits, top_k=2).unique().tolist() == [1, 2]
+        assert few_draws(logits, temperature=0).unique().tolist() == [1]
         assert p_value(draws(logits, top_k=3), exact_distribution(logits, top_k=3)) > PASSES
 
     @pytest.mark.parametrize("settings", [{"top_k": 70}, {"top_k": 200}, {"top_p": 0.5}, {"top_k": 250, "top_p": 0.5}])
@@ -255,16 +253,18 @@ class TestWhatIsKept:
         """Across blocks, and beyond the tokens that are tried first."""
         for logits in (torch.zeros(300), (torch.arange(300) % 3 == 1).float()):
             kept = exact_distribution(logits, **settings).nonzero()[:, 0]
-            assert torch.equal(draws(logits, **settings).unique(), kept)
+            assert torch.equal(few_draws(logits, **settings).unique(), kept)
 
     def test_min_p_goes_by_the_most_likely_token_before_top_k_and_top_p(self) -> None:
         logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-        assert draws(logits, min_p=0.45).unique().tolist() == [1, 2, 3]
-        assert draws(logits, min_p=0.55).unique().tolist() == [2, 3]
-        assert draws(logits, min_p=0.55, top_p=0.55).unique().tolist() == [3]  # 4/7; of the whole it would take both
-        assert draws(logits, min_p=1.0).unique().tolist() == [3]
-        assert draws(logits, min_p=0.55, temperature=4.0).unique().tolist() == [0, 1, 2, 3]
-        assert draws(torch.zeros(300), min_p=1.0).unique().tolist() == list(range(300))
+        assert few_draws(logits, min_p=0.45).unique().tolist() == [1, 2, 3]
+        assert few_draws(logits, min_p=0.55).unique().tolist() == [2, 3]
+        assert few_draws(logits, min_p=0.55, top_p=0.55).unique().tolist() == [
+            3
+        ]  # 4/7; of the whole it would take both
+        assert few_draws(logits, min_p=1.0).unique().tolist() == [3]
+        assert few_draws(logits, min_p=0.55, temperature=4.0).unique().tolist() == [0, 1, 2, 3]
+        assert few_draws(torch.zeros(300), min_p=1.0).unique().tolist() == list(range(300))
 
     def test_a_row_that_asks_for_nothing_keeps_everything_beside_one_that_does(self) -> None:
         keys, positions = request_keys(2).repeat(300, 1), torch.arange(1, 301).repeat_interleave(2)
@@ -275,9 +275,9 @@ class TestWhatIsKept:
     def test_impossible_tokens_stay_impossible(self) -> None:
         logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0])
         for settings in ({}, {"temperature": 100.0}, {"top_k": 3}, {"top_p": 0.99}, {"min_p": 0.1}):
-            assert draws(logits, **settings).unique().tolist() == [1, 3]
+            assert few_draws(logits, **settings).unique().tolist() == [1, 3]
         for settings in ({}, {"top_k": 200}, {"top_p": 0.999}):
-            assert draws(logits.repeat(75), **settings).remainder(2).min() == 1
+            assert few_draws(logits.repeat(75), **settings).remainder(2).min() == 1
 
 
 class TestTemperature:
@@ -300,8 +300,8 @@ class TestTemperature:
     def test_tiny_is_the_argmax(self, settings: dict[str, Any]) -> None:
         logits = torch.tensor([-3.0, 1e4, -1e4, 9999.0, 0.0])
         for temperature in (1e-3, 1e-20):
-            assert draws(logits, temperature=temperature, **settings).unique().tolist() == [1]
-            assert draws(logits - 2e4, temperature=temperature, **settings).unique().tolist() == [1]
+            assert few_draws(logits, temperature=temperature, **settings).unique().tolist() == [1]
+            assert few_draws(logits - 2e4, temperature=temperature, **settings).unique().tolist() == [1]
 
     def test_huge_is_uniform(self) -> None:
         uniform = torch.full((24,), 1 / 24, dtype=torch.float64)

@@ -30,7 +30,7 @@ class Detokenizer:
     """The text of one sequence, token by token, and its first stop string.
 
     Each token is decoded together with a short window of those before it, so that bytes become characters and leading
-    spaces stay: two decodes of a window at most, however long the sequence. Byte-level and SentencePiece decoders only
+    spaces stay: a decode or two of a window, however long the sequence. Byte-level and SentencePiece decoders only
     ever add to their text. One that takes text back (a clean-up across tokens; an invalid byte token that spoils valid
     ones right before it) gives a stream that keeps what it has said and goes on with what the new tokens add; ``text``
     is what all tokens decode to nevertheless, once ``finish`` has been called and unless a stop string has cut it.

@@ -5,7 +5,7 @@ Only a row's maximum and the sum of its exponentials are computed; log_softmax o
 
 import torch
 
-from nanovllm.layers.sampler import in_blocks, most_likely, rows_at_a_time
+from nanovllm.layers.top_tokens import in_blocks, most_likely, rows_at_a_time
 
 
 def top_logprobs(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:

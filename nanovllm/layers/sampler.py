@@ -20,83 +20,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-BLOCK = 128
-SUBBLOCK = 32
+from nanovllm.layers.noise import GOLDEN, block_words, exponential_noise, signed_word, token_words
+from nanovllm.layers.top_tokens import BLOCK, in_blocks, most_likely, rows_at_a_time
+
 # Tokens among which top_p is tried first. A constant, so that a row's draw does not depend on other rows' top_k.
 CANDIDATES = 64
-
-# float32 elements of a temporary. On the CPU a few rows at a time: each pass then finds its data in the cache.
-CACHED_ELEMENTS = 1 << 17
-DEVICE_ELEMENTS = 1 << 24
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as a Python int that an int32 tensor accepts."""
-    return word - (1 << 32) if word >= 1 << 31 else word
-
-
-# Odd multipliers of a 32-bit avalanche function: xor-shift and multiply, twice.
-_MULTIPLIER_A = _signed(0x7FEB352D)
-_MULTIPLIER_B = _signed(0x846CA68B)
-_GOLDEN = _signed(0x9E3779B1)  # 2^32 / golden ratio, to spread consecutive integers
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift of int32: torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32-bit words in which every input bit flips about half of the output bits."""
-    x = (x ^ _shift_right(x, 16)) * _MULTIPLIER_A
-    x = (x ^ _shift_right(x, 15)) * _MULTIPLIER_B
-    return x ^ _shift_right(x, 16)
-
-
-def token_words(vocab_size: int, device: torch.device) -> torch.Tensor:
-    """A well-mixed word for each token id, int32 [vocab_size]."""
-    return _mix(torch.arange(vocab_size, dtype=torch.int32, device=device) * _GOLDEN)
-
-
-def block_words(num_blocks: int, device: torch.device) -> torch.Tensor:
-    """A well-mixed word for each block, int32 [num_blocks]; none is a token's, for _mix is a bijection."""
-    return _mix((-1 - torch.arange(num_blocks, dtype=torch.int32, device=device)) * _GOLDEN)
-
-
-def exponential_noise(keys: torch.Tensor, positions: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Counter-based draws from the exponential distribution of rate 1.
-
-    Args:
-        keys: int32 [rows, 2], the requests' 64-bit keys.
-        positions: int64 [rows], positions of the tokens to be sampled.
-        words: int32 [words] or [rows, words], of tokens or blocks (:func:`token_words`, :func:`block_words`).
-
-    Returns:
-        float32 [rows, words], each in [2^-32, 17].
-    """
-    first = _mix(positions.to(torch.int32) * _GOLDEN + keys[:, 0])
-    second = _mix(first ^ keys[:, 1])
-    # Two words a row, so that rows whose first words collide still differ.
-    bits = (words ^ second[:, None]) * (_mix(first + second)[:, None] | 1)
-    bits ^= _shift_right(bits, 16)
-    bits *= _MULTIPLIER_A
-    bits ^= _shift_right(bits, 15)
-    # -log(1 - u) with u in (0, 1) from 31 bits. The smallest draws decide who wins, and near 0 float32 tells all of
-    # them apart; the factor keeps 1 - u, which rounds, above 0. No draw is 0 or infinite: that token would always win,
-    # whatever its probability, or never, even if no other is left.
-    negative = _shift_right(bits, 1).to(torch.float32).add_(0.5).mul_(-(2.0**-31) * (1 - 2.0**-24))
-    return _negative_log1p(negative)
-
-
-def _negative_log1p(x: torch.Tensor) -> torch.Tensor:
-    """-log(1 + x) for x in (-1, 0), exact near 0; may overwrite ``x``."""
-    if x.device.type != "mps":
-        return x.log1p_().neg_()
-    # Before torch 2.8, log1p on MPS was log(1 + x), which is 0 for the smallest x.
-    return torch.where(x > -(2.0**-10), -x * (1 - x / 2 + x * x / 3), -torch.log(1 + x))
 
 
 @dataclass(slots=True)
@@ -129,60 +59,6 @@ class SamplingRows:
     num_candidates: int = 0
     any_min_p: bool = False
     min_p: torch.Tensor | None = None
-
-
-def in_blocks(logits: torch.Tensor) -> torch.Tensor:
-    """[rows, vocab_size] as [rows, blocks, BLOCK], with -inf after the last token: a view if BLOCK divides it."""
-    if logits.shape[1] % BLOCK:
-        logits = F.pad(logits, (0, -logits.shape[1] % BLOCK), value=float("-inf"))
-    return logits.reshape(len(logits), -1, BLOCK)
-
-
-def rows_at_a_time(logits: torch.Tensor) -> int:
-    """Rows that temporaries as large as the logits should hold."""
-    limit = CACHED_ELEMENTS if logits.device.type == "cpu" else DEVICE_ELEMENTS
-    return max(1, limit // (logits.numel() // len(logits)))
-
-
-def most_likely(
-    blocks: torch.Tensor, maxima: torch.Tensor, rows: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most likely tokens of some rows, without sorting the others.
-
-    A token is preferred for its logit, then for its lower id. If k blocks are preferred to a token's block, each for
-    its preferred token, k tokens are preferred to that token. So the k first blocks hold the k first tokens.
-
-    Args:
-        blocks: float32 [all rows, blocks, BLOCK].
-        maxima: float32 [all rows, blocks], their largest logits.
-        rows: int64 [rows], which of the rows.
-        count: How many a row.
-
-    Returns:
-        Logits float32 and token ids int64, [rows, count] each, in the order of preference.
-    """
-    num_blocks = blocks.shape[1]
-    values = maxima[rows]
-    ids = torch.arange(num_blocks, device=blocks.device).expand_as(values)
-    ids = ids.gather(1, _preferred(values, ids, min(count, num_blocks)))  # [rows, chosen blocks]
-    parts = blocks.reshape(-1, BLOCK).index_select(0, (rows[:, None] * num_blocks + ids).flatten())
-    for width in (SUBBLOCK, 1):  # each time cut up what is left, and keep as many parts as tokens are wanted
-        pieces = parts.shape[1] // width
-        parts = parts.view(-1, width)
-        values = parts.amax(dim=1).view(len(rows), -1)
-        ids = (ids[:, :, None] * pieces + torch.arange(pieces, device=ids.device)).flatten(1)
-        chosen = _preferred(values, ids, min(count, ids.shape[1]))
-        offsets = torch.arange(len(rows), device=ids.device)[:, None] * ids.shape[1]
-        parts = parts.index_select(0, (chosen + offsets).flatten())
-        ids = ids.gather(1, chosen)
-    return parts.view(len(rows), -1), ids
-
-
-def _preferred(values: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the ``count`` largest of [rows, n] are, the lower id first among equals. (topk alone takes any.)"""
-    bits = (values + 0.0).view(torch.int32)  # 0.0 rather than -0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers in the order of the floats
-    return ((ordered.long() << 31) - ids).topk(count, dim=-1).indices
 
 
 class Sampler(nn.Module):
@@ -237,15 +113,17 @@ class _Batch:
         tokens = torch.zeros_like(self.everything)
         index = self._select((self.rows.temperature > 0) & ~self.truncated)
         if len(index):
-            tokens[index] = self._draw(index)
+            tokens[index] = self._draw(index, self.sums[index])
+        # A top_k of at least the vocabulary is none.
+        unbounded = not 0 < self.rows.num_candidates < self.sampler.vocab_size
         if self.rows.any_truncated:
             for index, count in self._candidate_groups():
                 drawn, settled = self._draw_candidates(index, count)
                 tokens[index] = drawn.where(self.truncated[index], tokens[index])
-                if self.rows.num_candidates == 0:
+                if unbounded:
                     index = index[self.truncated[index] & ~settled]
-                    for part in index.split(rows_at_a_time(self.blocks)):
-                        tokens[part] = self._draw_nucleus(part)
+                    if len(index):
+                        tokens[index] = self._draw_nucleus(index)
         return tokens
 
     def _select(self, mask: torch.Tensor) -> torch.Tensor:
@@ -304,15 +182,28 @@ class _Batch:
 
     def _noise(self, index: torch.Tensor, words: torch.Tensor, attempt: int = 0) -> torch.Tensor:
         first, second = self.rows.keys[index].unbind(dim=1)
-        keys = torch.stack([first, second ^ _signed(attempt * _GOLDEN & 0xFFFFFFFF)], dim=1)
+        keys = torch.stack([first, second ^ signed_word(attempt * GOLDEN & 0xFFFFFFFF)], dim=1)
         return exponential_noise(keys, self.rows.positions[index], words)
 
-    def _draw(self, index: torch.Tensor) -> torch.Tensor:
-        """From the whole vocabulary: a block, then a token of it."""
-        block = (self.sums[index] / self._noise(index, self.sampler.block_words)).argmax(dim=-1)
-        weights = self._weights(self.blocks[index, block], index, self.peaks[index])
-        noise = self._noise(index, self.sampler.token_words[block])
+    def _draw(
+        self, index: torch.Tensor, sums: torch.Tensor, attempt: int = 0, ahead_of: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A block by the sums [rows, blocks], then a token of it; only of the tokens ahead of one, if it is given."""
+        block = (sums / self._noise(index, self.sampler.block_words, attempt)).argmax(dim=-1)
+        logits = self.blocks[index, block]
+        weights = self._weights(logits, index, self.peaks[index])
+        if ahead_of is not None:
+            weights *= self._ahead(logits, block, index, ahead_of)
+        noise = self._noise(index, self.sampler.token_words[block], attempt)
         return block * BLOCK + (weights / noise).argmax(dim=-1)
+
+    def _ahead(
+        self, logits: torch.Tensor, block: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Which tokens of a block, logits [rows, BLOCK], are ahead of others: larger logits, or equal and lower ids."""
+        pivot = self.blocks[index, tokens // BLOCK, tokens % BLOCK][:, None]
+        ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
+        return (logits > pivot) | ((logits == pivot) & (ids < tokens[:, None]))
 
     def _draw_candidates(self, index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """From what top_k and top_p keep of the most likely tokens, and whether these hold all that is kept."""
@@ -330,27 +221,31 @@ class _Batch:
         return ids.gather(1, (weights / noise).argmax(dim=-1, keepdim=True))[:, 0], settled
 
     def _draw_nucleus(self, index: torch.Tensor) -> torch.Tensor:
-        """By rejection, for rows with top_p whose kept tokens are many."""
-        logits, every = self.blocks[index], torch.arange(len(index), device=index.device)
-        everything = self._weights(logits, index, self.peaks[index])
-        weights, sums = everything, self.sums[index]
-        target = self.rows.top_p[index] * sums.sum(dim=-1)
-        tokens, pending = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
+        """By rejection, for rows whose top_p keeps many tokens."""
+        tokens = torch.zeros_like(index)
+        pending, sums, pivots = torch.arange(len(index), device=index.device), self.sums[index], None
+        targets = self.rows.top_p[index] * sums.sum(dim=-1)
         for attempt in itertools.count():
-            block = (sums / self._noise(index, self.sampler.block_words, attempt)).argmax(dim=-1)
-            noise = self._noise(index, self.sampler.token_words[block], attempt)
-            inside = (weights[every, block] / noise).argmax(dim=-1)
-            tokens = torch.where(pending, block * BLOCK + inside, tokens)
-            # Weights of the tokens ahead: larger logits, and equal ones of lower ids.
-            pivot = logits[every, block, inside][:, None]
-            just_below = torch.nextafter(pivot, torch.full_like(pivot, float("-inf")))
-            earlier = torch.arange(logits.shape[1], device=index.device) < block[:, None]
-            ahead = torch.gt(logits, just_below.where(earlier, pivot)[:, :, None], out=torch.empty_like(logits))
-            own, before = logits[every, block], torch.arange(BLOCK, device=index.device) < inside[:, None]
-            ahead[every, block] = ((own > pivot) | ((own == pivot) & before)).to(ahead.dtype)
-            weights = ahead.mul_(everything)
-            sums = weights.sum(dim=-1)
-            pending = pending & (sums.sum(dim=-1) >= target)
-            if not pending.any():
-                return tokens
-        raise AssertionError  # the most likely token is always kept
+            pivots = self._draw(index, sums, attempt, pivots)
+            tokens[pending] = pivots
+            steps = rows_at_a_time(self.blocks)
+            parts = zip(index.split(steps), pivots.split(steps), strict=True)
+            sums = torch.cat([self._sums_ahead(rows, chosen) for rows, chosen in parts])
+            rejected = sums.sum(dim=-1) >= targets
+            if not rejected.any():
+                break
+            index, pending, sums = index[rejected], pending[rejected], sums[rejected]
+            targets, pivots = targets[rejected], pivots[rejected]
+        return tokens
+
+    def _sums_ahead(self, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Sums of weights by block, [rows, blocks], of the tokens ahead of the given ones."""
+        logits, block = self.blocks.index_select(0, index), tokens // BLOCK
+        every = torch.arange(len(index), device=index.device)
+        # Larger logits; in earlier blocks equal ones too, and those of the own block token by token.
+        pivot = logits[every, block, tokens % BLOCK][:, None]
+        just_below = torch.nextafter(pivot, torch.full_like(pivot, float("-inf")))
+        earlier = torch.arange(logits.shape[1], device=index.device) < block[:, None]
+        ahead = torch.gt(logits, just_below.where(earlier, pivot)[:, :, None], out=torch.empty_like(logits))
+        ahead[every, block] = self._ahead(logits[every, block], block, index, tokens).to(ahead.dtype)
+        return ahead.mul_(self._weights(logits, index, self.peaks[index], out=logits)).sum(dim=-1)
