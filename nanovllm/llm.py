@@ -290,7 +290,7 @@ class LLM:
         the continuation's are its own.
 
         Args:
-            prompts: One prompt for all continuations, or a list with one for each. Equal beginnings are computed once.
+            prompts: One prompt for all continuations, or a list with one for each. Equal prompts are computed once.
             continuations: One or a list of them, in the forms of a prompt.
             use_tqdm: Show a progress bar.
 
@@ -315,7 +315,9 @@ class LLM:
             for index, (prompt, continuation) in enumerate(zip(prompt_list, continuation_list, strict=True))
         ]
         requests = [engine.intake.prepare_scored(f"pair {index}", *pair) for index, pair in enumerate(pairs)]
-        outputs = calls.run(engine, requests, use_tqdm)
+        first: dict[tuple[int, ...], int] = {}  # the first pair with a prompt computes it for the others
+        leaders = {index: first.setdefault(tuple(prompt), index) for index, (prompt, _) in enumerate(pairs)}
+        outputs = calls.run(engine, requests, use_tqdm, leaders=leaders)
         return [_score(output, len(prompt)) for output, (prompt, _) in zip(outputs, pairs, strict=True)]
 
     def abort(self, request_id: str) -> RequestOutput | None:

@@ -40,7 +40,8 @@ class SamplingParams:
             hold; above 0, 1 is none.
         logit_bias: Token id -> what is added to its logit, in [-100, 100].
         allowed_token_ids: Only these can be sampled.
-        bad_words: Words that must not be generated: the token that would complete one is never sampled.
+        bad_words: Words that must not be generated: the token that would complete one, begun in the output, is never
+            sampled.
         logits_processors: Callables ``(output token ids, logits) -> logits`` or ``(prompt token ids, output token ids,
             logits) -> logits``, with logits float32 [vocab_size], run in order on the raw logits. One that raises ends
             its request with finish reason "error".
@@ -102,7 +103,7 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
         keep("n", check_int("n", self.n, low=1))
-        if not isinstance(self.temperature, Schedule):
+        if not isinstance(self.temperature, Schedule) or isinstance(self.temperature, type):
             keep("temperature", check_number("temperature", self.temperature, low=0.0))
         keep("top_k", check_int("top_k", self.top_k, low=-1))
         keep("top_p", check_number("top_p", self.top_p, low=0.0, high=1.0))
@@ -143,7 +144,7 @@ class SamplingParams:
         """The defaults a checkpoint ships in generation_config.json; what it leaves out keeps our default."""
         if generation_config.get("do_sample") is False:
             generation_config = {**generation_config, "temperature": 0.0}
-        names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+        names = {"max_new_tokens": "max_tokens"}
         names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
         found = {ours: generation_config[theirs] for theirs, ours in names.items() if theirs in generation_config}
         return cls(**{name: value for name, value in found.items() if value is not None})

@@ -183,6 +183,7 @@ class Simulation:
             eos_token_ids=eos,
             noise_key=noise_key,
             leader=leader,
+            num_shared_tokens=len(prompt) if leader is not None else 0,
             first_logprob=first_logprob,
         )
         assert len(prompt) + max_tokens <= self.scheduler.max_tokens_per_sequence()

@@ -14,17 +14,34 @@ CHUNK = 64
 
 
 def run(
-    engine: LLMEngine, prepared: Sequence[PreparedRequest | Exception], use_tqdm: bool, prompts: Sequence[Any] = ()
+    engine: LLMEngine,
+    prepared: Sequence[PreparedRequest | Exception],
+    use_tqdm: bool,
+    prompts: Sequence[Any] = (),
+    leaders: Mapping[int, int] | None = None,
 ) -> list[RequestOutput]:
-    """Run requests to their end; the bad ones among them, of ``prompts``, become error outputs."""
+    """Run requests to their end.
+
+    Args:
+        engine: Where.
+        prepared: The requests; the bad ones among them become error outputs.
+        use_tqdm: Show a progress bar.
+        prompts: What the requests were made of, for those outputs.
+        leaders: By request, an earlier one that it shares its beginning with.
+
+    Returns:
+        An output a request, in their order.
+    """
     owner = Owner()
     outputs: dict[int, RequestOutput] = {}
+    ids: dict[int, str] = {}
     try:
         for index, request in enumerate(prepared):
             if isinstance(request, Exception):
                 outputs[index] = _error_output(index, prompts[index], request)
             else:
-                engine.add_prepared(request, owner=owner, prompt_index=index)
+                leader_id = ids.get(leaders.get(index, -1)) if leaders else None
+                ids[index] = engine.add_prepared(request, owner=owner, prompt_index=index, leader_id=leader_id)
         with ProgressBar(engine, len(prepared), enabled=use_tqdm) as bar:
             bar.update(len(outputs))
             while len(outputs) < len(prepared):

@@ -114,7 +114,7 @@ class Intake:
         token_ids = [*prompt, *continuation]
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, ignore_eos=True, detokenize=False)
         limit = self._check_length(name, token_ids, params, self.max_model_len + 1)
-        return PreparedRequest(None, token_ids, params, limit, first_logprob=len(prompt))
+        return PreparedRequest(None, token_ids, params, limit, first_logprob=len(prompt), num_shared_tokens=len(prompt))
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts or self.tokenizer is None:

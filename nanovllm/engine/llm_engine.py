@@ -143,8 +143,12 @@ class LLMEngine:
         request_id: str | None = None,
         owner: Owner | None = None,
         prompt_index: int | None = None,
+        leader_id: str | None = None,
     ) -> str:
-        """Queue what the intake prepared, for ``owner`` or for whoever calls :meth:`step`; returns its id."""
+        """Queue what the intake prepared, for ``owner`` or for whoever calls :meth:`step`; returns its id.
+
+        ``leader_id`` names the request that it shares ``num_shared_tokens`` tokens with, if it is still there.
+        """
         if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id is {request_id!r} ({type(request_id).__name__}); it must be a string")
         with self._change():
@@ -155,7 +159,7 @@ class LLMEngine:
             taken = request_id in self._requests
             if not taken:
                 self._num_requests += 1
-                sequences = self._make_sequences(request, request_id)
+                sequences = self._make_sequences(request, request_id, self._requests.get(leader_id or ""))
                 tokenizer = self.tokenizer if request.params.detokenize else None
                 self._requests[request_id] = Request(
                     request_id, request.prompt, prompt_index, request.params, owner, tokenizer, sequences
@@ -322,8 +326,8 @@ class LLMEngine:
         if self._closed:
             raise RuntimeError("this engine is closed; make a new LLM")
 
-    def _make_sequences(self, request: PreparedRequest, request_id: str) -> list[Sequence]:
-        """A sequence a completion."""
+    def _make_sequences(self, request: PreparedRequest, request_id: str, leading: Request | None) -> list[Sequence]:
+        """A sequence a completion; the first follows that of another request, if one is given, the others the first."""
         params = request.params
         sequences: list[Sequence] = []
         for index in range(params.n):
@@ -342,7 +346,8 @@ class LLMEngine:
                     else noise_key("engine", self.config.seed, number),
                     arrival_time=time.perf_counter(),
                     index=index,
-                    leader=sequences[0] if sequences else None,
+                    leader=sequences[0] if index else leading.sequences[0] if leading else None,
+                    num_shared_tokens=len(request.prompt_token_ids) if index else request.num_shared_tokens,
                     first_logprob=None if index else request.first_logprob,
                     bad_words=request.bad_words,
                 )

@@ -25,6 +25,7 @@ class PreparedRequest:
         max_output_tokens: Most tokens it may generate.
         bad_words: Token ids of ``params.bad_words``.
         first_logprob: First prompt token whose log-probability is wanted; None for none.
+        num_shared_tokens: Tokens at its beginning that it shares with the request it is said to follow.
     """
 
     prompt: str | None
@@ -33,6 +34,7 @@ class PreparedRequest:
     max_output_tokens: int
     bad_words: tuple[tuple[int, ...], ...] = ()
     first_logprob: int | None = None
+    num_shared_tokens: int = 0
 
 
 @dataclass(slots=True)

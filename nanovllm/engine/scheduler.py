@@ -252,8 +252,8 @@ class Scheduler:
         if seq.num_in_flight:
             return True  # preempted while its next token was being sampled: the device no longer holds it
         leader = seq.leader
-        if leader and leader.status is SequenceStatus.RUNNING and leader.num_computed_tokens < leader.num_prompt_tokens:
-            return True  # soon it will share the prompt's blocks
+        if leader and leader.status is SequenceStatus.RUNNING and leader.num_computed_tokens < seq.num_shared_tokens:
+            return True  # soon it will have computed what they share
         if self._refused is None or self._refused[0] is not seq:
             return False
         return not self.block_manager.can_match_more(*self._refused)
@@ -265,7 +265,7 @@ class Scheduler:
         # layer writes before it attends, so it is there when we read.
         leader, size = seq.leader, self.block_manager.block_size
         if leader and leader.status is SequenceStatus.RUNNING:
-            shared = min(leader.num_computed_tokens, seq.num_prompt_tokens - 1) // size
+            shared = min(leader.num_computed_tokens, seq.num_shared_tokens, seq.num_prompt_tokens - 1) // size
             if shared > len(matched):
                 matched = leader.block_table[:shared]
         if seq.first_logprob is not None:

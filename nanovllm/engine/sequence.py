@@ -30,7 +30,8 @@ class Sequence:
         noise_key: 64-bit key of its sampling noise.
         arrival_time: For the metrics.
         index: Number of the completion among its request's.
-        leader: The request's first sequence, where this is another of its completions: they share the prompt's blocks.
+        leader: A sequence added before, whose blocks of what they have in common it shares.
+        num_shared_tokens: How many tokens that is; the whole prompt for another completion of the same request.
         first_logprob: First prompt token whose log-probability is wanted; None for none. It is computed, not taken
             from the prefix cache.
         bad_words: Token ids of the words it must not complete.
@@ -55,6 +56,7 @@ class Sequence:
         "num_in_flight",
         "num_prompt_tokens",
         "num_published_blocks",
+        "num_shared_tokens",
         "number",
         "params",
         "prompt_logprobs",
@@ -79,6 +81,7 @@ class Sequence:
         arrival_time: float = 0.0,
         index: int = 0,
         leader: "Sequence | None" = None,
+        num_shared_tokens: int = 0,
         first_logprob: int | None = None,
         bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> None:
@@ -105,6 +108,7 @@ class Sequence:
         self.error: str | None = None
         self.index = index
         self.leader = leader
+        self.num_shared_tokens = num_shared_tokens
         self.first_logprob = first_logprob
         self.bad_words = bad_words
         self.logprobs: list[TokenLogprobs] = []  # of the sampled tokens, if asked for

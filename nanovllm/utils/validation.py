@@ -54,8 +54,8 @@ def check_bool(name: str, value: Any) -> bool:
 
 def unknown_argument(where: str, name: str, known: Iterable[str]) -> TypeError:
     """A TypeError for a misspelt keyword, with the nearest known one."""
-    names = sorted(known)
-    begun = [known for known in names if len(name) > 2 and known.startswith(name)]  # temp: temperature
-    near = [min(begun, key=len)] if begun else difflib.get_close_matches(name, names, n=1)
+    names, wrong = sorted(known), name.lower()
+    begun = [right for right in names if len(wrong) > 2 and right.startswith(wrong)]  # temp: temperature
+    near = [min(begun, key=len)] if begun else difflib.get_close_matches(wrong, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known arguments: {', '.join(names)}"
     return TypeError(f"{where} has no argument {name!r}; {hint}")
