@@ -10,44 +10,33 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import xxhash
 
+from nanovllm.batch_rows import (
+    BatchRow,
+    answer_line,
+    canonical,
+    engine_context,
+    hash_id,
+    hash_of,
+    line_head,
+    line_id,
+    load_line,
+    make_prompt,
+    parse_record,
+    row_id_of,
+)
 from nanovllm.llm import LLM
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.progress import ProgressBar
-from nanovllm.utils.validation import check_bool, check_int, unknown_argument
 
 FSYNC_SECONDS = 1.0
-CONTENT_OF_URL = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
-OPENAI_KEYS = {"custom_id", "method", "url", "body"}
-CHAT_OPTIONS: dict[str, type] = {
-    "chat_template": str,
-    "chat_template_kwargs": dict,
-    "tools": list,
-    "add_generation_prompt": bool,
-    "continue_final_message": bool,
-}
-PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"logits_processors"}
-OTHER_PARAMETERS = {"max_completion_tokens", "top_logprobs"}
-NULLABLE = {name for name in PARAMETERS if SamplingParams.__dataclass_fields__[name].default is None}
-IGNORED = {"model", "user", "metadata", "store"}  # they change no answer
-# Parameters that we lack, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (None, False),
-    "stream_options": (None,),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "best_of": (None, 1),
-    "response_format": (None, {"type": "text"}),
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,20 +62,6 @@ class BatchSummary:
     seconds: float
 
 
-@dataclasses.dataclass(slots=True)
-class _Row:
-    """A row of the input: where it stands, what it asks for, and what its answer depends on."""
-
-    line: int
-    row_id: str | int
-    digest: str = ""
-    url: str | None = None  # None: a plain row
-    content: str = ""  # "messages" or "prompt"
-    value: Any = None
-    chat: dict[str, Any] = dataclasses.field(default_factory=dict)
-    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
-
-
 def run_batch(
     llm: LLM,
     input_path: str | os.PathLike[str],
@@ -104,7 +79,7 @@ def run_batch(
     Args:
         llm: The model.
         input_path: A row a line: ``{"prompt": ...}`` or ``{"messages": [...]}`` with an optional "custom_id" or "id"
-            and parameters, or OpenAI's batch format. Ids are unique; a row without one has its line number.
+            and parameters, or OpenAI's batch format. Ids are unique; a row without one has "line-" and its number.
         output_path: Is made, or continued if it is a batch job's.
         sampling_params: What rows do not say themselves; None takes the checkpoint's defaults.
         chat_template_kwargs: The same, for the chat template.
@@ -115,6 +90,7 @@ def run_batch(
         Counts of this run. Rows that cannot be run become error rows, and are counted.
 
     Raises:
+        TypeError: An argument has the wrong type.
         FileNotFoundError: There is no input.
         ValueError: Ids repeat, or the output was not written by a batch job; nothing was run or written.
         BlockingIOError: Another job is writing the output.
@@ -144,13 +120,8 @@ class BatchJob:
         if self.output_path.exists() and self.input_path.samefile(self.output_path):
             raise ValueError(f"{self.output_path} is both input and output; give the output a name of its own")
         self.num_rows = _check_ids(self.input_path)
-        self._file = _open_locked(self.output_path)
-        try:
-            self._done = _read_done(self._file, self.output_path, retry_errors)
-        except BaseException:
-            self._file.close()
-            raise
-        self._synced = time.monotonic()
+        self.output = _Output(self.output_path, retry_errors)
+        self._has_run = False
 
     def run(
         self,
@@ -160,80 +131,258 @@ class BatchJob:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> BatchSummary:
-        """Run the rows that are not done; arguments and result are those of :func:`run_batch`."""
+        """Run the rows that are not done, once; arguments and result are those of :func:`run_batch`."""
+        # A mistake here would make an error row of every row.
+        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
+            raise TypeError(f"sampling_params is a {type(sampling_params).__name__}; pass a SamplingParams")
+        if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+            raise TypeError(f"chat_template_kwargs is {chat_template_kwargs!r}; it must be a dictionary")
+        if self._has_run:
+            raise RuntimeError("this batch job has run; make a new one to run what it has left")
+        self._has_run = True
         started = time.perf_counter()
         defaults = sampling_params if sampling_params is not None else llm.get_default_sampling_params()
-        context, model = _context(llm), Path(llm.engine.config.model).name
-        running: dict[int, _Row] = {}  # by the number of the prompt; as many as the engine has taken
-        skipped = answered = errors = prompt_tokens = output_tokens = num_taken = 0
-
-        def prompts() -> Iterator[tuple[Any, SamplingParams]]:
-            nonlocal skipped, errors, num_taken
-            for number, line in _rows(self.input_path):
-                row = _Row(number, number)
-                try:
-                    record = json.loads(line)
-                    row.row_id = _row_id(record, number)
-                    _parse(record, row, defaults, chat_template_kwargs or {})
-                    asked = [row.url, row.content, row.value, row.chat, _canonical(row.params)]
-                    row.digest = _hash(row.row_id, asked, context)
-                    if self._is_done(row):
-                        skipped += 1
-                        bar.skip()
-                        continue
-                    prompt = _prompt(llm, row)
-                # Whatever a row provokes, in the tokenizer too, concerns that row only.
-                except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-                    row.digest = row.digest or _hash(row.row_id, line.decode("latin-1"), context)
-                    if self._is_done(row):
-                        skipped += 1
-                        bar.skip()
-                        continue
-                    self._write(_error_line(row, "invalid_request_error", str(error)))
-                    errors += 1
-                    bar.update(1)
-                    continue
-                params = row.params
-                if params.seed is None:
-                    params = dataclasses.replace(params, seed=int(row.digest[:15], 16))
-                running[num_taken] = row
-                num_taken += 1
-                yield prompt, params
-
-        with _Bar(llm.engine, self.num_rows, enabled=use_tqdm) as bar:
-            with closing(llm.generate_iter(prompts(), ordered=False, on_error="return")) as outputs:
+        bar = _Bar(llm.engine, self.num_rows, enabled=use_tqdm)
+        with bar:
+            run = _Run(llm, self.input_path, self.output, defaults, chat_template_kwargs or {}, bar)
+            with closing(llm.generate_iter(run.prompts(), ordered=False, on_error="return")) as outputs:
                 for output in outputs:
-                    row = running.pop(output.prompt_index or 0)
-                    reasons = {completion.finish_reason for completion in output.outputs}
-                    if output.error is not None:
-                        # Prompts that were refused have no id. The caller numbers them; the row has its line.
-                        kind = "server_error" if output.request_id else "invalid_request_error"
-                        message = output.error.replace(f"prompt {output.prompt_index}", "the prompt")
-                        self._write(_error_line(row, kind, message))
-                        errors += 1
-                    elif not reasons <= {"stop", "length"}:
-                        self._write(_error_line(row, "server_error", "the request was aborted"))
-                        errors += 1
-                    else:
-                        self._write(_answer_line(row, output, model))
-                        answered += 1
-                        prompt_tokens += len(output.prompt_token_ids)
-                        output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-                    bar.update(1)
-        self._sync()
-        seconds = time.perf_counter() - started
-        return BatchSummary(self.num_rows, skipped, answered, errors, prompt_tokens, output_tokens, seconds)
+                    run.take(output)
+        self.output.sync()
+        counts = (run.num_skipped, run.num_answered, run.num_errors, run.prompt_tokens, run.output_tokens)
+        return BatchSummary(self.num_rows, *counts, seconds=time.perf_counter() - started)
 
     def close(self) -> None:
         """Close the output and release it."""
-        if not self._file.closed:
-            try:
-                self._sync()
-            finally:
-                self._file.close()
+        self.output.close()
 
     def __enter__(self) -> "BatchJob":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+class _Run:
+    """One run over the rows: gives the engine what is not done, and writes what comes back."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        input_path: Path,
+        output: "_Output",
+        defaults: SamplingParams,
+        template_kwargs: Mapping[str, Any],
+        bar: "_Bar",
+    ) -> None:
+        self.llm, self.input_path, self.output, self.bar = llm, input_path, output, bar
+        self.defaults, self.template_kwargs = defaults, template_kwargs
+        self.context, self.model = engine_context(llm), Path(llm.engine.config.model).name
+        self.num_skipped = self.num_answered = self.num_errors = self.prompt_tokens = self.output_tokens = 0
+        self._running: dict[int, BatchRow] = {}  # by number of the prompt; no more than the engine has taken
+        self._num_taken = 0
+
+    def prompts(self) -> Iterator[tuple[Any, SamplingParams]]:
+        """Prompts of the rows that are not done. Rows that cannot be run become error rows on the way."""
+        for number, line in _lines(self.input_path):
+            row = BatchRow(number, line_id(number))
+            prompt, error = None, None
+            try:
+                self._parse(row, line)
+                if not self.output.is_done(row.digest):
+                    prompt = make_prompt(self.llm, row)
+            except (RecursionError, TypeError, ValueError) as caught:
+                error = str(caught) or type(caught).__name__
+                row.digest = row.digest or hash_of(row.row_id, line.decode("latin-1"), self.context)
+            if self.output.is_done(row.digest):
+                self.num_skipped += 1
+                self.bar.skip()
+            elif error is not None:
+                self._fail(row, "invalid_request_error", error)
+            else:
+                seed = row.params.seed if row.params.seed is not None else int(row.digest[:15], 16)
+                self._running[self._num_taken] = row
+                self._num_taken += 1
+                yield prompt, dataclasses.replace(row.params, seed=seed)
+
+    def take(self, output: RequestOutput) -> None:
+        """Write what a request gave back."""
+        assert output.prompt_index is not None
+        row = self._running.pop(output.prompt_index)
+        if output.error is not None:
+            # A prompt that was refused never became a request. Its number means nothing to the reader of the file.
+            kind = "server_error" if output.request_id else "invalid_request_error"
+            self._fail(row, kind, output.error.replace(f"prompt {output.prompt_index}", "the prompt"))
+        elif any(completion.finish_reason not in ("stop", "length") for completion in output.outputs):
+            self._fail(row, "server_error", "the request was aborted")
+        else:
+            self.output.append(answer_line(row, output, self.model))
+            self.num_answered += 1
+            self.prompt_tokens += len(output.prompt_token_ids)
+            self.output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+            self.bar.update(1)
+
+    def _parse(self, row: BatchRow, line: bytes) -> None:
+        record = load_line(line)
+        row.row_id = row_id_of(record, row.line)
+        parse_record(record, row, self.defaults, self.template_kwargs)
+        asked = [row.url, row.content, row.value, row.chat, canonical(row.params)]
+        row.digest = hash_of(row.row_id, asked, self.context)
+
+    def _fail(self, row: BatchRow, kind: str, message: str) -> None:
+        self.output.append(line_head(row) | {"error": {"message": message, "type": kind, "line": row.line}})
+        self.num_errors += 1
+        self.bar.update(1)
+
+
+class _Bar(ProgressBar):
+    def skip(self) -> None:
+        """Count a row that was done before: it says nothing about the speed."""
+        if self._bar is not None:
+            self._bar.initial += 1
+        self.update(1)
+
+
+# ---- the files
+
+
+_START = b'{"hash": "'  # of each line of the output
+
+
+class _Output:
+    """The output, locked: which rows are done, and lines to append.
+
+    A line is with the operating system before the next row is looked at, so killing the process loses none; a power
+    failure may lose the last second's.
+    """
+
+    def __init__(self, path: Path, retry_errors: bool) -> None:
+        self._path = path
+        self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115  (closed by close())
+        try:
+            _lock(self._file, path)
+            self._done = self._read(retry_errors)
+        except BaseException:
+            self._file.close()
+            raise
+        self._synced = time.monotonic()
+
+    def is_done(self, digest: str) -> bool:
+        """Whether the row with this hash needs not be run."""
+        key = bytes.fromhex(digest).rstrip(b"\0")  # numpy drops zeros at the end
+        place = int(np.searchsorted(self._done, np.bytes_(key)))
+        return place < len(self._done) and bytes(self._done[place]) == key
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line."""
+        try:
+            data = json.dumps(line, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # lone surrogates in what the row said
+            data = json.dumps(line).encode()
+        self._file.write(data + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced >= FSYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Have all that was written put on the disk."""
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Close the file, which unlocks it."""
+        if not self._file.closed:
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+
+    def _read(self, retry_errors: bool) -> np.ndarray:
+        """Sorted hashes of the rows that are done: 16 bytes a row, or a long job would not fit into memory.
+
+        Raises:
+            ValueError: The file is not a batch job's. It is left as it is.
+        """
+        ids, hashes, failed = bytearray(), bytearray(), bytearray()
+        end, torn = 0, False
+        self._file.seek(0)
+        for number, line in enumerate(self._file, 1):
+            try:
+                entry = json.loads(line)
+                row_hash, row_id, error = bytes.fromhex(entry["hash"]), entry["custom_id"], entry["error"]
+                if len(row_hash) != 16 or not line.startswith(_START):
+                    raise ValueError("not a line of ours")
+            except (LookupError, RecursionError, TypeError, ValueError) as cause:
+                if line.endswith(b"\n") or not (line.startswith(_START) or _START.startswith(line)):
+                    raise ValueError(
+                        f"line {number} of {self._path} was not written by a batch job; name another output, or mend "
+                        "or move away this one"
+                    ) from cause
+                torn = True
+                break
+            ids += hash_id(row_id)
+            hashes += row_hash
+            failed.append(error is not None)
+            end += len(line)
+        if torn:  # the process was killed while it wrote
+            self._file.truncate(end)
+        elif end and not line.endswith(b"\n"):  # ... just before the end of the line
+            self._file.write(b"\n")
+            self._file.flush()
+        _, last = np.unique(np.frombuffer(ids, "S16")[::-1], return_index=True)
+        last = len(hashes) // 16 - 1 - last
+        if retry_errors:
+            last = last[np.frombuffer(failed, bool)[last] == 0]
+        return np.sort(np.frombuffer(hashes, "S16")[last])
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Lock a file until it is closed or the process dies; BlockingIOError if somebody else has."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(2**31 - 2)  # a byte far behind what is written, for others may not read it
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise BlockingIOError(
+            f"{path} is being written by another batch job; wait for it to end, or name another output"
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The rows of the input with their line numbers; blank lines are none."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
+            if line:
+                yield number, line
+
+
+def _check_ids(path: Path) -> int:
+    """Number of rows; ValueError naming the lines if an id stands on two."""
+
+    def ids() -> Iterator[tuple[int, bytes]]:
+        for number, line in _lines(path):
+            try:
+                row_id = row_id_of(load_line(line), number)
+            except (RecursionError, TypeError, ValueError):
+                row_id = line_id(number)
+            yield number, hash_id(row_id)
+
+    digests = bytearray()
+    for _, digest in ids():
+        digests += digest
+    found = np.sort(np.frombuffer(digests, "S16"))
+    repeated = found[1:][found[1:] == found[:-1]]
+    if len(repeated):
+        first, second = [n for n, digest in ids() if digest.rstrip(b"\0") == bytes(repeated[0])][:2]
+        more = f" ({len(repeated) - 1} more rows repeat an id)" if len(repeated) > 1 else ""
+        raise ValueError(
+            f"lines {first} and {second} of {path} have the same id{more}; give each row an id of its own, or none"
+        )
+    return len(found)

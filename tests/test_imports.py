@@ -19,7 +19,9 @@ MODEL = {"attention", "kernels", "layers", *UTILS}
 MAY_IMPORT: dict[str, set[str]] = {
     "": {"llm", "config", *PLAIN},  # nanovllm/__init__.py
     "__main__": {"cli"},
-    "cli": {"", "llm", "demo", "config", *PLAIN},
+    "cli": {"", "batch", "llm", "demo", "config", *PLAIN},
+    "batch": {"batch_rows", "llm", *PLAIN},
+    "batch_rows": {"llm", *PLAIN},
     "llm": {
         "engine.calls",
         "engine.llm_engine",

@@ -341,6 +341,10 @@ class TestIterator:
         with pytest.raises(ValueError, match="prompt 1 is empty"):
             next(iterator)
 
+    def test_bad_prompts_without_end_are_told_of_as_they_come(self, tiny: LLM) -> None:
+        iterator = tiny.generate_iter(itertools.repeat([]), greedy(2), on_error="return")
+        assert [output.prompt_index for output in itertools.islice(iterator, 500)] == list(range(500))
+
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [

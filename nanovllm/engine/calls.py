@@ -86,6 +86,7 @@ def iterate(
     refill = min(CHUNK, max(1, room // 4))  # tokenising several at a time is faster, but the engine must not wait
     try:
         while more or num_running:
+            num_held = len(held)
             while more and room - num_running >= refill:
                 items, more, failure = _take(prompts, min(CHUNK, room - num_running))
                 pairs = [_as_pair(item, sampling_params) for item in items]
@@ -100,6 +101,8 @@ def iterate(
                     else:
                         held[num_taken] = _error_output(num_taken, prompt, request)
                     num_taken += 1
+                if len(held) > num_held:
+                    break  # bad prompts take no room: an endless run of them must not be gathered first
             engine.advance()
             for output in _received(owner):
                 held[output.prompt_index] = output

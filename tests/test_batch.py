@@ -1,0 +1,626 @@
+"""Batch jobs: every row is answered once, whatever happens in between."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, SamplingParams, __version__
+from nanovllm import batch as batch_module
+from nanovllm.batch import BatchJob, BatchSummary, run_batch
+from nanovllm.batch_rows import checkpoint_fingerprint
+from nanovllm.cli import main
+from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.engine.metrics import Counters
+from nanovllm.outputs import CompletionOutput, RequestOutput
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+HOT = SamplingParams(temperature=3, max_tokens=8)
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(DEMO_MODEL_PATH, device="cpu", dtype="float32", max_num_seqs=16) as llm:
+        yield llm
+
+
+class Files:
+    """The input and output of a job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.input, self.output = folder / "in.jsonl", folder / "out.jsonl"
+
+    def put(self, *rows: Any) -> "Files":
+        """Write the input: objects as JSON, strings as they are."""
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        self.input.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return self
+
+    def run(self, llm: Any, sampling_params: SamplingParams = GREEDY, **arguments: Any) -> BatchSummary:
+        return run_batch(llm, self.input, self.output, sampling_params=sampling_params, use_tqdm=False, **arguments)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output.read_bytes().splitlines()]
+
+    def by_id(self) -> dict[Any, dict[str, Any]]:
+        return {line["custom_id"]: line for line in self.lines()}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+class StubLLM:
+    """Answers at once; ``outcome`` makes what the request gives back."""
+
+    def __init__(self, outcome: Callable[[int], RequestOutput] | None = None) -> None:
+        config = SimpleNamespace(
+            model=DEMO_MODEL_PATH, tokenizer=None, seed=0, hf_overrides={}, skip_tokenizer_init=False
+        )
+        self.engine = SimpleNamespace(config=config, counters=Counters())
+        self.outcome = outcome or stub_output
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return GREEDY
+
+    def get_metrics(self) -> dict[str, Any]:
+        return {"dtype": "float32"}
+
+    def generate_iter(self, prompts: Iterable[Any], **options: Any) -> Iterator[RequestOutput]:
+        assert options == {"ordered": False, "on_error": "return"}
+        for index, _ in enumerate(prompts):
+            yield self.outcome(index)
+
+
+def stub_output(index: int, finish_reason: str = "length", error: str | None = None) -> RequestOutput:
+    completion = CompletionOutput(0, "text", [1], finish_reason=finish_reason)
+    return RequestOutput(str(index), "prompt", [1], [completion], True, prompt_index=index, error=error)
+
+
+def chat_row(custom_id: str, question: str, **parameters: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}]
+    return {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "any", "messages": messages, **NO_THINKING, **parameters},
+    }
+
+
+def completion_row(custom_id: str, prompt: Any, **parameters: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "url": "/v1/completions", "body": {"prompt": prompt, **parameters}}
+
+
+# ---- answers
+
+
+def test_a_chat_row_is_answered_as_a_chat_completion(llm: LLM, files: Files) -> None:
+    row = chat_row("sum", "add 12 and 30", max_completion_tokens=20, temperature=0, logprobs=True, top_logprobs=2)
+    summary = files.put(row).run(llm)
+    [line] = files.lines()
+    body = line["response"]["body"]
+    [choice] = body["choices"]
+    assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("sum", None, 200)
+    assert body["object"] == "chat.completion"
+    assert choice["message"] == {"role": "assistant", "content": "12 + 30 = 42"}
+    assert choice["finish_reason"] == "stop"
+    entries = choice["logprobs"]["content"]
+    assert len(entries) == body["usage"]["completion_tokens"] == summary.output_tokens
+    assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
+    assert "".join(entry["token"] for entry in entries[:-1]) == "12 + 30 = 42"
+    assert entries[0]["bytes"] == [ord("1")]
+    assert (summary.num_rows, summary.num_answered, summary.num_errors, summary.num_skipped) == (1, 1, 0, 0)
+
+
+def test_a_completion_row_is_answered_as_a_text_completion(llm: LLM, files: Files) -> None:
+    files.put(completion_row("c", "count from", n=2, seed=3, temperature=2, max_tokens=4, logprobs=1)).run(llm)
+    [expected] = llm.generate("count from", SamplingParams(n=2, seed=3, temperature=2, max_tokens=4), use_tqdm=False)
+    body = files.lines()[0]["response"]["body"]
+    assert body["object"] == "text_completion"
+    assert [choice["text"] for choice in body["choices"]] == [completion.text for completion in expected.outputs]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert len(body["choices"][1]["logprobs"]["token_logprobs"]) == 4
+    num_prompt = len(expected.prompt_token_ids)
+    assert body["usage"] == {"prompt_tokens": num_prompt, "completion_tokens": 8, "total_tokens": num_prompt + 8}
+
+
+def test_plain_rows_are_answered_with_text(llm: LLM, files: Files) -> None:
+    question = {"messages": [{"role": "user", "content": "add 12 and 30"}], "id": 7, **NO_THINKING, "max_tokens": 20}
+    files.put({"prompt": "count from"}, {"prompt": [5, 6], "custom_id": "ids", "n": 2}, question).run(llm)
+    lines = files.by_id()
+    [expected] = llm.generate("count from", GREEDY, use_tqdm=False)
+    assert lines["line-1"]["prompt"] == "count from"
+    assert lines["line-1"]["text"] == expected["text"]
+    assert lines["line-1"]["token_ids"] == expected["token_ids"]
+    assert lines["ids"]["text"] == lines["ids"]["outputs"][0]["text"]
+    assert len(lines["ids"]["outputs"]) == 2
+    assert lines[7]["text"] == "12 + 30 = 42"
+    assert [lines[row_id]["line"] for row_id in ("line-1", "ids", 7)] == [1, 2, 3]
+
+
+def test_template_arguments_of_the_job_hold_where_the_row_has_none(llm: LLM, files: Files) -> None:
+    thinking = {"id": "on", "messages": [{"role": "user", "content": "add 12 and 30"}], "max_tokens": 40}
+    thinking["chat_template_kwargs"] = {"enable_thinking": True}
+    files.put({**thinking, "id": "job", "chat_template_kwargs": None}, thinking)
+    files.run(llm, chat_template_kwargs={"enable_thinking": False})
+    assert files.by_id()["job"]["text"] == "12 + 30 = 42"
+    assert "<think>" in files.by_id()["on"]["text"]
+
+
+def test_parameters_that_change_no_answer_are_accepted(llm: LLM, files: Files) -> None:
+    harmless = {"user": "me", "metadata": {"a": 1}, "stream": False, "temperature": None, "response_format": None}
+    files.put(chat_row("a", "add 12 and 30"), chat_row("b", "add 12 and 30", **harmless)).run(llm)
+    first, second = files.by_id()["a"], files.by_id()["b"]
+    assert first["response"]["body"]["choices"] == second["response"]["body"]["choices"]
+
+
+def test_null_asks_for_as_many_tokens_as_fit(llm: LLM, files: Files) -> None:
+    files.put(chat_row("a", "count from 1 to 7", max_tokens=None)).run(llm)
+    [choice] = files.lines()[0]["response"]["body"]["choices"]
+    assert choice["message"]["content"] == "1, 2, 3, 4, 5, 6, 7"
+
+
+# ---- rows that cannot be run
+
+
+BAD_ROWS = [
+    ("{not json", "not JSON"),
+    ("[" * 100_000, "nested too deeply"),
+    ("[1, 2]", "must be an object"),
+    ('{"prompt": "\\ud800"}', "Unicode"),
+    ({"text": "a"}, "no prompt"),
+    ({"prompt": "a", "messages": []}, "messages and prompt"),
+    ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": 5}, "the prompt is a int"),
+    ({"prompt": [10**6]}, "token id 1000000"),
+    ({"prompt": list(range(1000)) * 5}, "5000 tokens"),
+    ({"prompt": "a", "temprature": 1}, "'temprature'; did you mean 'temperature'?"),
+    ({"prompt": "a", "temperature": -1}, "temperature is -1"),
+    ({"prompt": "a", "logits_processors": []}, "'logits_processors'"),
+    ({"prompt": "a", "min_tokens": 9, "max_tokens": 8}, "min_tokens is 9"),
+    ({"prompt": "a", "max_tokens": 9, "max_completion_tokens": 8}, "give one of them"),
+    ({"prompt": "a", "stream": True}, "stream is True"),
+    ({"prompt": "a", "tools": []}, "tools is for messages"),
+    ({"prompt": "a", "id": [1]}, "id is [1]"),
+    ({"messages": []}, "messages is []"),
+    ({"messages": [{"content": "a"}]}, "no 'role'"),
+    ({"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": "yes"}, "add_generation_prompt"),
+    (chat_row("x", "a", stop=[""]), "stop[0] is empty"),
+    (chat_row("x", "a", logprobs=3), "true or false"),
+    (chat_row("x", "a", top_logprobs=3), "logprobs: true"),
+    (chat_row("x", "a", chat_template_kwarg={}), "did you mean 'chat_template_kwargs'?"),
+    (chat_row("x", "a") | {"url": "/v1/embeddings"}, "url is '/v1/embeddings'"),
+    (chat_row("x", "a") | {"method": "GET"}, "method is 'GET'"),
+    (chat_row("x", "a") | {"body": None}, "body is None"),
+    (chat_row("x", "a") | {"bodi": 1}, "did you mean 'body'?"),
+    (chat_row("x", "a") | {"url": "/v1/completions"}, "it needs prompt"),
+]
+
+
+def test_bad_rows_become_error_rows_and_stop_nothing(llm: LLM, files: Files) -> None:
+    rows: list[Any] = [
+        {**row, "custom_id": f"bad {i}"} if "custom_id" in row else row for i, (row, _) in enumerate(BAD_ROWS)
+    ]
+    summary = files.put({"prompt": "a", "id": "good"}, *rows, {"prompt": "b", "id": "good too"}).run(llm)
+    by_line = {line["line"]: line for line in files.lines()}
+    for number, (_, part) in enumerate(BAD_ROWS, 2):
+        assert part in by_line[number]["error"]["message"]
+        assert by_line[number]["error"]["type"] == "invalid_request_error"
+        assert not by_line[number].get("response")
+    assert (summary.num_answered, summary.num_errors) == (2, len(BAD_ROWS))
+    assert all(line["error"] is None for line in files.lines() if str(line["custom_id"]).startswith("good"))
+    assert files.run(llm).num_skipped == summary.num_rows  # errors are done, too
+
+
+def test_a_request_that_fails_or_is_aborted_becomes_an_error_row(files: Files) -> None:
+    outcomes = [stub_output(0, "error", "it broke"), stub_output(1, "abort"), stub_output(2)]
+    summary = files.put(*[{"prompt": "a"}] * 3).run(StubLLM(lambda index: outcomes[index]))
+    assert [line["error"] and line["error"]["message"] for line in files.lines()] == [
+        "it broke",
+        "the request was aborted",
+        None,
+    ]
+    assert files.lines()[0]["error"]["type"] == "server_error"
+    assert (summary.num_answered, summary.num_errors) == (1, 2)
+
+
+def test_error_rows_are_run_again_when_asked(llm: LLM, files: Files) -> None:
+    broken = StubLLM(lambda index: stub_output(index, "error", "it broke"))
+    files.put({"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}, "{").run(broken)
+    assert files.run(StubLLM()).num_skipped == 3
+    summary = files.run(StubLLM(), retry_errors=True)
+    assert (summary.num_skipped, summary.num_answered, summary.num_errors) == (0, 2, 1)
+    assert [line["error"] is None for line in files.lines()].count(True) == 2
+    assert files.by_id()[1]["error"] is None  # the last line counts
+    summary = files.run(StubLLM(), retry_errors=True)
+    assert (summary.num_skipped, summary.num_answered, summary.num_errors) == (2, 0, 1)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(files: Files) -> None:
+    files.input.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n   \n{"prompt": "b"}')
+    assert files.run(StubLLM()).num_rows == 2
+    assert [line["line"] for line in files.lines()] == [1, 4]
+    assert all(line["error"] is None for line in files.lines())
+
+
+def test_an_empty_input_is_a_job_without_rows(files: Files) -> None:
+    assert files.put().run(StubLLM()).num_rows == 0
+    assert files.output.read_bytes() == b""
+
+
+@pytest.mark.parametrize("name", ["id", "custom_id"])
+def test_an_id_on_two_lines_is_refused_before_anything_runs(files: Files, name: str) -> None:
+    files.put({"prompt": "a", name: "x"}, {"prompt": "b", name: "y"}, {"prompt": "c", name: "x"})
+    with pytest.raises(ValueError, match=r"lines 1 and 3 of .*in\.jsonl have the same id"):
+        files.run(StubLLM())
+    assert not files.output.exists()
+
+
+def test_ids_may_be_numbers_that_are_line_numbers_too(files: Files) -> None:
+    files.put({"prompt": "a", "id": 2}, {"prompt": "b"}, {"prompt": "c", "id": "2"}, "{", {"prompt": "d", "id": 4})
+    assert files.run(StubLLM()).num_rows == 5
+    assert [line["custom_id"] for line in files.lines()] == [2, "line-2", "2", "line-4", 4]
+
+
+# ---- continuing
+
+
+def mixed_rows(number: int) -> list[Any]:
+    """Rows of every kind, most of them sampled."""
+    makers: list[Callable[[int], Any]] = [
+        lambda i: chat_row(f"chat {i}", f"add {i} and {2 * i}", temperature=0),
+        lambda i: chat_row(f"hot {i}", f"count from {i} to {i + 9}", temperature=2.0, top_p=0.95),
+        lambda i: completion_row(f"seeded {i}", "say stone", temperature=2.0, seed=i),
+        lambda i: {"prompt": [1 + i, 2, 3], "temperature": 1.5, "n": 1 + i % 3},
+        lambda i: {"prompt": "the same prompt again", "id": i, "temperature": 3.0, "min_p": 0.001},
+        lambda i: {"prompt": "penalties", "id": f"p {i}", "frequency_penalty": 1.0, "top_k": 50},
+        lambda i: '{"prompt": "torn' if i % 2 else {"prompt": "a", "id": f"bad {i}", "max_tokens": 0},
+        lambda i: {"prompt": "é世界 " * (1 + i % 4), "temperature": 1.0, "stop": ["\n"], "ignore_eos": True},
+    ]
+    return [makers[i % len(makers)](i) for i in range(number)]
+
+
+def answers(files: Files) -> dict[tuple[str, int], Any]:
+    """What counts of each row, by its hash and line; fails if a row was written twice."""
+    found: dict[tuple[str, int], Any] = {}
+    for line in files.lines():
+        body = (line.get("response") or {}).get("body")
+        said = [(c.get("text"), c.get("message"), c["finish_reason"]) for c in body["choices"]] if body else None
+        key = (line["hash"], line["line"])
+        assert key not in found, f"line {line['line']} was answered twice"
+        found[key] = (line["custom_id"], line["error"], line.get("text"), line.get("outputs"), said)
+    return found
+
+
+def test_a_finished_job_is_left_as_it_is(llm: LLM, files: Files) -> None:
+    files.put(*mixed_rows(16)).run(llm)
+    before = files.output.read_bytes()
+    summary = files.run(llm)
+    assert files.output.read_bytes() == before
+    assert (summary.num_skipped, summary.num_answered, summary.num_errors) == (16, 0, 0)
+
+
+def test_what_was_cut_off_anywhere_is_completed(llm: LLM, files: Files) -> None:
+    files.put(*mixed_rows(16)).run(llm)
+    expected, whole = answers(files), files.output.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1  # where the last line begins
+    for end in (0, 1, 5, last // 2, last - 1, last, last + 1, last + 5, len(whole) - 2, len(whole) - 1):
+        files.output.write_bytes(whole[:end])
+        kept = len(whole[:end].splitlines()) if end in (last - 1, len(whole) - 1) else whole[:end].count(b"\n")
+        assert files.run(llm).num_skipped == kept, end  # a line that only lacks its end is whole
+        assert answers(files) == expected
+        assert files.output.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, end) + 1])
+
+
+@pytest.mark.parametrize(
+    "content", ["hello\n", "hello", '{"hash": "00"}\n', '{"a": 1}\n', "[]\n", '{"hash": 5}\n', "\0\0"]
+)
+def test_a_file_of_somebody_else_is_not_touched(files: Files, content: str) -> None:
+    files.put({"prompt": "a"}).output.write_text(content)
+    with pytest.raises(ValueError, match=r"line 1 of .*out\.jsonl was not written by a batch job"):
+        files.run(StubLLM())
+    assert files.output.read_text() == content
+
+
+def test_a_line_torn_in_the_middle_of_the_file_is_an_error(files: Files) -> None:
+    files.put(*[{"prompt": "a"}] * 3).run(StubLLM())
+    lines = files.output.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1][:40] + b"\n"
+    files.output.write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match="line 2 of"):
+        files.run(StubLLM())
+    assert files.output.read_bytes() == b"".join(lines)
+
+
+def test_input_and_output_are_two_files(files: Files) -> None:
+    files.put({"prompt": "a"})
+    with pytest.raises(ValueError, match="both input and output"):
+        run_batch(StubLLM(), files.input, files.input)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
+        run_batch(StubLLM(), files.input.parent / "no.jsonl", files.output)  # type: ignore[arg-type]
+    assert not files.output.exists()
+
+
+def test_a_changed_row_is_run_again_and_its_last_line_counts(files: Files) -> None:
+    rows = [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}]
+    files.put(*rows).run(StubLLM())
+    assert files.put(rows[0], {"prompt": "c", "id": 2}).run(StubLLM()).num_answered == 1
+    assert files.by_id()[2]["prompt"] == "c"
+    assert files.put(*rows).run(StubLLM()).num_answered == 1  # back again: its first answer is not the last any more
+    assert files.by_id()[2]["prompt"] == "b"
+    assert len(files.lines()) == 4
+    # Neither place nor what changes no answer makes a row another one.
+    moved = [{"id": 2, "user": "me", "prompt": "b"}, rows[0]]
+    assert files.put(*moved).run(StubLLM()).num_skipped == 2
+
+
+def test_other_parameters_or_another_seed_or_model_run_all_rows_again(files: Files, tmp_path: Path) -> None:
+    files.put({"prompt": "a"}).run(StubLLM(), GREEDY)
+    assert files.run(StubLLM(), HOT).num_answered == 1
+    other = StubLLM()
+    other.engine.config.seed = 1
+    assert files.run(other, HOT).num_answered == 1
+    other.engine.config.model = shutil.copytree(DEMO_MODEL_PATH, tmp_path / "copy")
+    assert files.run(other, HOT).num_skipped == 1
+    (tmp_path / "copy" / "generation_config.json").write_text("{}")
+    assert files.run(other, HOT).num_answered == 1
+    assert len({line["hash"] for line in files.lines()}) == 4
+
+
+def test_the_fingerprint_follows_the_content_of_a_checkpoint(tmp_path: Path) -> None:
+    copy = shutil.copytree(DEMO_MODEL_PATH, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    original = checkpoint_fingerprint(DEMO_MODEL_PATH)
+    for path in copy.iterdir():
+        os.utime(path, (1, 1))
+    (copy / "README.md").write_text("hello")
+    assert checkpoint_fingerprint(copy) == original
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(weights[:8], "little")
+    weights[header] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    changed = checkpoint_fingerprint(copy)
+    assert changed != original
+    (copy / "tokenizer.json").write_text("{}")
+    assert checkpoint_fingerprint(copy) not in (changed, original)
+
+
+def test_rows_without_a_seed_have_one_of_their_own(llm: LLM, files: Files) -> None:
+    rows = [{"prompt": "say stone", "id": i} for i in range(12)]
+    files.put(*rows).run(llm, HOT)
+    texts = {line["custom_id"]: line["text"] for line in files.lines()}
+    assert len(set(texts.values())) > 6  # the same prompt is sampled anew
+    files.output.unlink()
+    files.put(*reversed(rows[3:])).run(llm, HOT)
+    assert {line["custom_id"]: line["text"] for line in files.lines()} == {i: texts[i] for i in range(3, 12)}
+    files.output.unlink()
+    files.put({**rows[0], "seed": 5}, {**rows[1], "seed": 5}).run(llm, HOT)
+    assert files.by_id()[0]["text"] == files.by_id()[1]["text"]
+
+
+# ---- writing
+
+
+def test_a_line_is_written_before_the_next_row_is_looked_at(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(batch_module.os, "fsync", synced.append)
+
+    def look(index: int) -> RequestOutput:
+        assert len(files.lines()) == index
+        return stub_output(index)
+
+    files.put(*[{"prompt": "a"}] * 50).run(StubLLM(look))
+    assert len(files.lines()) == 50
+    assert 1 <= len(synced) <= 5  # of a short job; not one a line
+
+
+def test_an_interrupt_keeps_the_finished_rows(files: Files) -> None:
+    def interrupt(index: int) -> RequestOutput:
+        if index == 3:
+            raise KeyboardInterrupt
+        return stub_output(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        files.put(*[{"prompt": "a"}] * 5).run(StubLLM(interrupt))
+    assert len(files.lines()) == 3
+    summary = files.run(StubLLM())
+    assert (summary.num_skipped, summary.num_answered) == (3, 2)
+
+
+def test_two_jobs_cannot_write_one_file(files: Files) -> None:
+    files.put({"prompt": "a"})
+    with BatchJob(files.input, files.output):
+        with pytest.raises(BlockingIOError, match=r"out\.jsonl is being written by another batch job"):
+            BatchJob(files.input, files.output)
+        other = f"from nanovllm.batch import BatchJob; BatchJob({str(files.input)!r}, {str(files.output)!r})"
+        done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=120)
+        assert "is being written by another batch job" in done.stderr
+    assert files.run(StubLLM()).num_answered == 1
+
+
+def test_memory_does_not_grow_with_the_input(files: Files) -> None:
+    num_rows, width = 3000, 10_000
+    with files.input.open("w") as file:
+        for i in range(num_rows):
+            file.write(json.dumps({"prompt": f"{i} " + "x" * width}) + "\n")
+    taken = 0
+
+    class Lazy(StubLLM):
+        def generate_iter(self, prompts: Iterable[Any], **options: Any) -> Iterator[RequestOutput]:
+            nonlocal taken
+            for index, _ in enumerate(prompts):
+                taken += 1
+                assert taken <= len(files_done) + 1
+                files_done.append(index)
+                yield stub_output(index)
+
+    files_done: list[int] = []
+    for _ in range(2):  # anew, and with all rows done
+        tracemalloc.start()
+        summary = files.run(Lazy())
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert summary.num_rows == num_rows
+        assert peak < 2_000_000, f"{peak} bytes for an input of {num_rows * width}"
+    assert taken == num_rows
+
+
+def test_hashes_that_end_in_zeros_are_found(files: Files) -> None:
+    hashes = ["00" * 16, "ab" * 15 + "00", "ab" * 14 + "0000"]
+    rows = [{"hash": digest, "line": 1, "custom_id": i, "error": None} for i, digest in enumerate(hashes)]
+    files.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with BatchJob(files.put().input, files.output) as job:
+        assert all(job.output.is_done(digest) for digest in hashes)
+        assert not any(job.output.is_done(digest) for digest in ("ab" * 16, "00" * 15 + "01", "ff" * 16))
+
+
+def test_arguments_are_checked_before_any_row(files: Files) -> None:
+    files.put({"prompt": "a"})
+    with pytest.raises(TypeError, match="sampling_params is a dict"):
+        files.run(StubLLM(), {"temperature": 0})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="chat_template_kwargs is 5"):
+        files.run(StubLLM(), chat_template_kwargs=5)
+    assert files.output.read_bytes() == b""
+    with BatchJob(files.input, files.output) as job:
+        job.run(StubLLM(), use_tqdm=False)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="make a new one"):
+            job.run(StubLLM(), use_tqdm=False)  # type: ignore[arg-type]
+
+
+# ---- the command
+
+
+def test_the_progress_bar_counts_rows(llm: LLM, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.put(*mixed_rows(8))
+    run_batch(llm, files.input, files.output, sampling_params=GREEDY)
+    assert "8/8" in capsys.readouterr().err
+    run_batch(llm, files.input, files.output, sampling_params=GREEDY)
+    assert "8/8" in capsys.readouterr().err
+
+
+def test_the_command_runs_a_job(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.put({"messages": [{"role": "user", "content": "add 12 and 30"}]}, "{")
+    argv = ["batch", str(files.input), str(files.output), "--device", "cpu", "--temperature", "0", "--max-tokens", "20"]
+    argv += ["--chat-template-kwargs", '{"enable_thinking": false}', "--no-progress"]
+    assert main(argv) == 0
+    assert files.by_id()["line-1"]["text"] == "12 + 30 = 42"
+    assert "2 rows: 1 answered, 1 errors, 0 done before" in capsys.readouterr().err
+    assert main([*argv, "--retry-errors"]) == 0
+    assert "2 rows: 0 answered, 1 errors, 1 done before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--dtype", "int4"], "dtype is 'int4'"),
+    ],
+)
+def test_mistakes_get_one_line(files: Files, capsys: pytest.CaptureFixture[str], options: list[str], part: str) -> None:
+    files.put({"prompt": "a"})
+    assert main(["batch", str(files.input), str(files.output), *options]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("nanovllm: error: ")
+    assert part in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ([], "COMMAND"),
+        (["bach"], "'bach'"),
+        (["batch", "in"], "OUTPUT.jsonl"),
+        (["batch", "in", "out", "--max-tokens", "many"], "'many'"),
+        (["batch", "in", "out", "--chat-template-kwargs", "[]"], "not a JSON object"),
+        (["batch", "in", "out", "--temprature", "1"], "--temprature"),
+    ],
+)
+def test_arguments_that_cannot_be_parsed_get_one_line(
+    capsys: pytest.CaptureFixture[str], argv: list[str], part: str
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(argv)
+    assert refused.value.code == 2
+    line = capsys.readouterr().err
+    assert part in line
+    assert line.count("\n") == 1
+
+
+def test_the_package_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "nanovllm", "--version"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"nanovllm {__version__}\n"
+
+
+def start(files: Files) -> "subprocess.Popen[str]":
+    argv = ["batch", str(files.input), str(files.output), "--device", "cpu", "--dtype", "float32", "--max-tokens", "8"]
+    command = [sys.executable, "-m", "nanovllm", *argv, "--max-num-seqs", "4", "--no-progress"]
+    # One thread: several wait for each other where other work has the processor.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_lines(process: "subprocess.Popen[str]", files: Files, number: int) -> None:
+    """Until the output has so many lines, or the process has ended."""
+    while process.poll() is None:
+        if files.output.exists() and files.output.read_bytes().count(b"\n") >= number:
+            return
+        time.sleep(0.002)
+
+
+@posix
+def test_ctrl_c_says_how_to_continue(files: Files) -> None:
+    files.put(*[{"prompt": "say stone", "id": i} for i in range(2000)])
+    process = start(files)
+    wait_for_lines(process, files, 3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command continues" in said
+    assert "Traceback" not in said
+    assert 3 <= len(files.lines()) < 2000
+
+
+@posix
+@pytest.mark.slow
+def test_a_job_killed_twenty_times_answers_every_row_once(llm: LLM, files: Files, tmp_path: Path) -> None:
+    number, draw = 320, random.Random(0)
+    (tmp_path / "whole").mkdir()
+    whole = Files(tmp_path / "whole").put(*mixed_rows(number))
+    whole.run(llm, dataclasses.replace(llm.get_default_sampling_params(), max_tokens=8))
+    files.put(*mixed_rows(number))
+    written = b""
+    for kill in range(20):
+        process = start(files)
+        if kill % 7 == 3:  # while it starts
+            time.sleep(draw.uniform(0, 3))
+        else:  # while it runs, and writes
+            wait_for_lines(process, files, written.count(b"\n") + draw.randint(1, 6))
+            time.sleep(draw.choice([0, draw.uniform(0, 0.03)]))
+        process.kill()
+        process.communicate(timeout=60)
+        now = files.output.read_bytes() if files.output.exists() else b""
+        assert now.startswith(written[: written.rfind(b"\n") + 1])  # what was finished stays
+        written = now
+    assert 0 < written.count(b"\n") < number, "the job ended before it had been killed often enough"
+    process = start(files)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert answers(files) == answers(whole)
+    assert len(answers(files)) == number
