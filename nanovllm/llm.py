@@ -9,7 +9,7 @@ from nanovllm.engine import calls
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.prompts import Prompt, as_prompt_list
 from nanovllm.engine.request import PreparedRequest
-from nanovllm.engine.tokenizer import as_conversations, render_chat
+from nanovllm.engine.tokenizer import as_conversations, check_conversation, render_chat
 from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import unknown_argument
@@ -171,7 +171,8 @@ class LLM:
             ValueError: The template refuses a conversation, or as :meth:`generate` does.
         """
         _no_unknown("chat", unknown, ("messages", "sampling_params", "use_tqdm", *_CHAT_OPTIONS, "on_error"))
-        prompts = self.render_chat(
+        _check_on_error(on_error)
+        prompts = self._render(
             messages,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
@@ -195,23 +196,17 @@ class LLM:
 
         Arguments and errors are those of :meth:`chat`.
         """
-        tokenizer = self.get_tokenizer()
-        if add_generation_prompt and continue_final_message:
-            raise ValueError("continue_final_message needs add_generation_prompt=False: it is one or the other")
-        conversations, _ = as_conversations(messages)
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            text = render_chat(
-                tokenizer,
-                conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-            # The template has put in the special tokens.
-            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+        prompts = self._render(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        for prompt in prompts:
+            if isinstance(prompt, Exception):
+                raise prompt
         return prompts
 
     def stream(
@@ -220,7 +215,7 @@ class LLM:
         """Generate, and yield each new piece of text as it is made.
 
         Everything is checked at once; the work starts when the first piece is asked for. Closing the generator, or
-        leaving its loop, aborts what is left. Other calls may run meanwhile.
+        dropping it, as leaving its loop does, aborts what is left. Other calls may run meanwhile.
 
         Args:
             prompts: As for :meth:`generate`.
@@ -290,7 +285,8 @@ class LLM:
         the continuation's are its own.
 
         Args:
-            prompts: One prompt for all continuations, or a list with one for each. Equal prompts are computed once.
+            prompts: One prompt for all continuations, or a list with one for each. With the prefix cache on, equal prompts
+                are computed once.
             continuations: One or a list of them, in the forms of a prompt.
             use_tqdm: Show a progress bar.
 
@@ -338,7 +334,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The sampling parameters that the checkpoint's generation_config.json names."""
-        return self.engine.default_params
+        return self.engine.default_params.clone()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -372,6 +368,21 @@ class LLM:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _render(self, messages: Any, **options: Any) -> list[Any]:
+        """For each conversation its prompt, or what is wrong with it."""
+        tokenizer = self.get_tokenizer()
+        if options["add_generation_prompt"] and options["continue_final_message"]:
+            raise ValueError("continue_final_message needs add_generation_prompt=False: it is one or the other")
+        prompts: list[Any] = []
+        for name, conversation in as_conversations(messages):
+            try:
+                text = render_chat(tokenizer, check_conversation(name, conversation), **options)
+                # The template has put in the special tokens.
+                prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+            except (TypeError, ValueError) as error:
+                prompts.append(error)
+        return prompts
 
     def _generate(
         self, prompts: list[Any], params: list[SamplingParams | None], use_tqdm: bool, on_error: str

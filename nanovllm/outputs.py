@@ -10,7 +10,7 @@ class Logprob:
 
     Args:
         logprob: Natural logarithm of its probability under the model, before penalties, temperature and the like.
-        rank: 1 for the most likely token: how many tokens are at least as likely.
+        rank: Its place among all tokens, 1 for the most likely; of equally likely ones the lower id comes first.
         decoded_token: Its text; None without a tokenizer.
     """
 

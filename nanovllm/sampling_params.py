@@ -1,5 +1,6 @@
 """How one request is sampled and when it ends."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from nanovllm.utils.validation import check_bool, check_int, check_number, unkno
 
 # Beyond these a bias decides by itself; vLLM and OpenAI's interface keep it within them too.
 MAX_LOGIT_BIAS = 100.0
+# Of a temperature schedule: float32, in which it is evaluated, holds all whole numbers up to this.
+MAX_POSITION = 2.0**24
 
 
 @runtime_checkable
@@ -20,9 +23,11 @@ class Schedule(Protocol):
     def pieces(self) -> list[tuple[float, float, float, float, bool]]: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters of one request, checked when they are made.
+    """Sampling parameters of one request, checked when they are made and whenever a field is assigned.
+
+    A request keeps them as they were when it was added.
 
     Names and meaning are vLLM's. What is asked for applies in this order: ``logits_processors``; ``allowed_token_ids``,
     ``logit_bias``, ``bad_words`` and ``min_tokens``; the penalties; ``temperature``; ``min_p``; ``top_k``; ``top_p``.
@@ -98,6 +103,19 @@ class SamplingParams:
                 raise unknown_argument("SamplingParams", name, _FIELDS)
         return object.__new__(cls)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _FIELDS:
+            raise unknown_argument("SamplingParams", name, _FIELDS)
+        made = hasattr(self, _LAST_FIELD)
+        before = getattr(self, name) if made else None
+        object.__setattr__(self, name, value)
+        if made:
+            try:
+                self.__post_init__()
+            except (TypeError, ValueError):
+                object.__setattr__(self, name, before)
+                raise
+
     def __post_init__(self) -> None:
         def keep(name: str, value: object) -> None:  # as Python's own, whichever kind was given
             object.__setattr__(self, name, value)
@@ -105,6 +123,8 @@ class SamplingParams:
         keep("n", check_int("n", self.n, low=1))
         if not isinstance(self.temperature, Schedule) or isinstance(self.temperature, type):
             keep("temperature", check_number("temperature", self.temperature, low=0.0))
+        else:
+            _check_schedule(self.temperature)
         keep("top_k", check_int("top_k", self.top_k, low=-1))
         keep("top_p", check_number("top_p", self.top_p, low=0.0, high=1.0))
         if self.top_p == 0.0:
@@ -139,6 +159,10 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise ValueError("stop needs detokenize=True: stop strings are looked for in the text")
 
+    def clone(self) -> "SamplingParams":
+        """A copy, which can be changed without changing this."""
+        return copy.copy(self)
+
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any]) -> "SamplingParams":
         """The defaults a checkpoint ships in generation_config.json; what it leaves out keeps our default."""
@@ -151,6 +175,7 @@ class SamplingParams:
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_LAST_FIELD = dataclasses.fields(SamplingParams)[-1].name
 _BOOLEANS = (
     "include_stop_str_in_output",
     "ignore_eos",
@@ -158,6 +183,21 @@ _BOOLEANS = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    """Refuse a schedule of somebody's own that would fail, or give nonsense, in the middle of a step."""
+    try:
+        pieces = [(start, low, end, high) for start, low, end, high, _ in schedule.pieces()]
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"temperature is {schedule!r}, whose pieces cannot be had: {error}") from error
+    if not pieces:
+        raise ValueError(f"temperature is {schedule!r}, which has no pieces; it needs at least one")
+    for start, low, end, high in pieces:
+        for value in (low, high):
+            check_number(f"a temperature of {schedule!r}", value, low=0.0)
+        for position in (start, end):
+            check_number(f"a position of {schedule!r}", position, low=0.0, high=MAX_POSITION)
 
 
 def _bias(value: Any) -> dict[int, float] | None:

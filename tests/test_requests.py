@@ -5,6 +5,7 @@ import itertools
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.metrics import percentiles
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils.progress import ProgressBar
@@ -123,6 +125,17 @@ class TestChat:
         with pytest.raises(TypeError, match="generate has no argument 'sampling_param'; did you mean"):
             demo.generate("x", sampling_param=None)
 
+    def test_bad_conversations_beside_good_ones(self, demo: LLM) -> None:
+        outputs = demo.chat(
+            [QUESTION, [], [{"content": "x"}]], greedy(), use_tqdm=False, chat_template_kwargs=OFF, on_error="return"
+        )
+        assert [output.error for output in outputs] == [
+            None,
+            "conversation 1 is empty; give at least one message",
+            "conversation 2[0] has no 'role'; use 'system', 'user', 'assistant' or 'tool'",
+        ]
+        assert outputs[0]["text"] == ANSWER
+
     def test_a_template_that_fails_says_so(self, demo: LLM) -> None:
         with pytest.raises(ValueError, match="the chat template refuses the conversation"):
             demo.chat(QUESTION, chat_template="{{ raise_exception('no') }}")
@@ -152,13 +165,15 @@ class TestStop:
         assert len(late.token_ids) >= 12
 
     def test_a_stop_token_is_named_and_kept_in_the_tokens(self, demo: LLM) -> None:
-        [comma] = demo.get_tokenizer().encode(", ", add_special_tokens=False)[:1]
         everything = self.ask(demo).token_ids
         completion = self.ask(demo, stop_token_ids=[everything[12]])
         end = everything.index(everything[12])
         assert completion.token_ids == everything[: end + 1]
         assert (completion.finish_reason, completion.stop_reason) == ("stop", everything[12])
-        assert comma is not None
+        # Its text is left out, as a stop string's is, unless that is asked for.
+        assert completion.text == demo.get_tokenizer().decode(everything[:end])
+        kept = self.ask(demo, stop_token_ids=[everything[12]], include_stop_str_in_output=True)
+        assert kept.text == demo.get_tokenizer().decode(everything[: end + 1])
 
     def test_a_stop_token_counts_with_ignore_eos_too(self, demo: LLM) -> None:
         everything = self.ask(demo).token_ids
@@ -178,7 +193,9 @@ class TestStop:
         assert completion.token_ids == self.ask(demo).token_ids
 
     def test_special_tokens_can_be_shown(self, demo: LLM) -> None:
-        assert self.ask(demo, skip_special_tokens=False).text == f"{ANSWER}<|im_end|>"
+        assert self.ask(demo, skip_special_tokens=False).text == ANSWER
+        shown = self.ask(demo, skip_special_tokens=False, include_stop_str_in_output=True)
+        assert shown.text == f"{ANSWER}<|im_end|>"
 
     def test_stop_strings_need_a_tokenizer(self, tiny: LLM) -> None:
         for field in ({"stop": "x"}, {"bad_words": ["x"]}):
@@ -437,6 +454,7 @@ class TestInterrupts:
             signal.signal(signal.SIGALRM, before)
         assert len(outputs) == 2
         assert seen
+        assert "abort" in {output.outputs[0].finish_reason for output in outputs}
         assert_empty(tiny)
 
     def test_a_second_interrupt_while_the_first_is_cleared_away(
@@ -489,6 +507,22 @@ class TestInterrupts:
                 call()
         engine.close()
 
+    def test_what_is_aborted_from_inside_a_step_is_not_lost(self, tiny: LLM) -> None:
+        request_id = tiny.engine.add_request([1, 2], greedy(20, ignore_eos=True))
+        call_during_step(tiny, 2, lambda: tiny.abort(request_id))
+        outputs = []
+        while tiny.engine.has_unfinished_requests:
+            outputs += tiny.engine.step()
+        assert [(o.request_id, o.outputs[0].finish_reason) for o in outputs] == [(request_id, "abort")]
+
+    def test_a_request_keeps_its_parameters(self, tiny: LLM) -> None:
+        params = greedy(5, ignore_eos=True)
+        tiny.engine.add_request([1, 2], params)
+        params.max_tokens = 2
+        while not (outputs := tiny.engine.step()):
+            pass
+        assert len(outputs[0]["token_ids"]) == 5
+
     def test_abort_takes_names(self, tiny: LLM) -> None:
         with pytest.raises(TypeError, match=r"request_id is 0 \(int\); it must be a string"):
             tiny.abort(0)  # type: ignore[arg-type]
@@ -506,13 +540,34 @@ class TestThreads:
         def work(number: int) -> None:
             found[number] = tiny.generate([prompts[number]], greedy(15), use_tqdm=False)[0]["token_ids"]
 
+        most = [0]
+        count_running(tiny, most)
         threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert [found[number] for number in range(6)] == expected
+        assert most[0] > 1, "no step ran requests of more than one call"
         assert_empty(tiny)
+
+    def test_metrics_may_be_read_meanwhile(self, tiny: LLM) -> None:
+        done = threading.Event()
+        problems: list[Exception] = []
+
+        def watch() -> None:
+            while not done.is_set():
+                try:
+                    tiny.get_metrics()
+                except Exception as error:
+                    problems.append(error)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        tiny.generate([[1, 2]] * 300, greedy(1), use_tqdm=False)
+        done.set()
+        thread.join()
+        assert problems == []
 
     def test_a_request_added_during_generate_is_not_lost(self, tiny: LLM) -> None:
         added: list[str] = []
@@ -563,6 +618,11 @@ class TestMetrics:
         for name in ("time_to_first_token", "time_per_output_token"):
             assert 0 < metrics[name]["p50"] <= metrics[name]["p90"] <= metrics[name]["p99"] < spent
 
+    def test_percentiles_are_of_the_nearest_rank(self) -> None:
+        assert percentiles(deque(map(float, range(1, 101)))) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+        assert percentiles(deque([2.0, 1.0])) == {"p50": 1.0, "p90": 2.0, "p99": 2.0}
+        assert percentiles(deque()) is None
+
 
 class TestScriptsOfOthers:
     """Scripts written for vLLM's and nano-vllm's offline interfaces run with the import changed."""
@@ -582,6 +642,8 @@ class TestScriptsOfOthers:
     def test_vllm_chat_and_batch(self) -> None:
         llm = LLM(model=DEMO_MODEL_PATH, max_model_len=2048, enforce_eager=True, gpu_memory_utilization=0.8)
         sampling_params = llm.get_default_sampling_params()
+        sampling_params.max_tokens = 10
+        sampling_params.temperature = 0.5
         conversation = [
             {"role": "system", "content": "You are a helpful assistant"},
             {"role": "user", "content": "Hello"},
@@ -620,6 +682,17 @@ class TestScriptsOfOthers:
         for _prompt, output in zip(prompts, outputs, strict=True):
             assert output["text"]
             assert output["token_ids"]
+
+
+def count_running(llm: LLM, most: list[int]) -> None:
+    """Note the most rows of a step in ``most``."""
+    runner, execute = llm.engine.runner, llm.engine.runner.execute
+
+    def wrapped(plan: Any) -> Any:
+        most[0] = max(most[0], len(plan.slots))
+        return execute(plan)
+
+    runner.execute = wrapped  # type: ignore[method-assign]
 
 
 def call_during_step(llm: LLM, number: int, call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> None:

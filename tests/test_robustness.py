@@ -136,7 +136,7 @@ def test_an_empty_prompt_is_refused_by_name(shared_llm: LLM, monkeypatch: pytest
         generate(shared_llm, [[1, 2], []])
     with pytest.raises(ValueError, match="the prompt is empty"):
         generate(shared_llm, [[]])
-    monkeypatch.setattr(shared_llm.engine, "tokenizer", lambda texts, **_: {"input_ids": [[] for _ in texts]})
+    monkeypatch.setattr(shared_llm.engine.intake, "tokenizer", lambda texts, **_: {"input_ids": [[] for _ in texts]})
     with pytest.raises(ValueError, match="the prompt is empty"):
         shared_llm.generate("", greedy(), use_tqdm=False)
     assert_empty(shared_llm)
@@ -605,7 +605,7 @@ def test_what_a_tokenizer_returns_is_a_prompt(shared_llm: LLM, reference: Refere
 
 
 def test_a_chat_message_is_not_a_prompt(shared_llm: LLM) -> None:
-    with pytest.raises(ValueError, match=r"the prompt is a chat message; .*apply_chat_template"):
+    with pytest.raises(ValueError, match=r"the prompt is a chat message; answer conversations with llm.chat"):
         generate(shared_llm, [{"role": "user", "content": "hello"}])
 
 

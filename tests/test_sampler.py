@@ -533,7 +533,8 @@ class TestLogprobs:
         tokens[0] = logits[0].argmax()
         values, ranks = token_logprobs(logits, tokens)
         assert torch.allclose(values.double(), exact.gather(-1, tokens[:, None])[:, 0], rtol=1e-6, atol=1e-5)
-        assert ranks.tolist() == [int((row >= row[token]).sum()) for row, token in zip(logits, tokens, strict=True)]
+        order = logits.sort(dim=-1, descending=True, stable=True).indices.tolist()
+        assert ranks.tolist() == [row.index(token) + 1 for row, token in zip(order, tokens.tolist(), strict=True)]
         assert ranks[0] == 1
         assert torch.equal(logits, before)
 

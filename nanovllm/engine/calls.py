@@ -45,7 +45,7 @@ def run(
         with ProgressBar(engine, len(prepared), enabled=use_tqdm) as bar:
             bar.update(len(outputs))
             while len(outputs) < len(prepared):
-                engine.advance()
+                engine.advance(owner)
                 finished = list(_received(owner))
                 outputs.update((output.prompt_index, output) for output in finished)
                 bar.update(len(finished))
@@ -61,7 +61,7 @@ def stream(engine: LLMEngine, prepared: Sequence[PreparedRequest]) -> Generator[
         for index, request in enumerate(prepared):
             engine.add_prepared(request, owner=owner, prompt_index=index)
         while left:
-            engine.advance()
+            engine.advance(owner)
             for piece in _received(owner):
                 left -= piece.output is not None
                 yield piece
@@ -103,7 +103,7 @@ def iterate(
                     num_taken += 1
                 if len(held) > num_held:
                     break  # bad prompts take no room: an endless run of them must not be gathered first
-            engine.advance()
+            engine.advance(owner)
             for output in _received(owner):
                 held[output.prompt_index] = output
                 num_running -= 1

@@ -37,6 +37,7 @@ class Intake:
         self.max_model_len = max_model_len
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._encoded_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}  # of the latest bad_words
 
     def prepare(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], first_index: int = 0
@@ -44,18 +45,23 @@ class Intake:
         """Check and tokenise prompts; changes nothing.
 
         Args:
-            prompts: Strings, lists of token ids, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}``.
+            prompts: Strings, lists of token ids, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}``; an exception
+                says why there is none.
             params: One a prompt; None takes the checkpoint's defaults.
             first_index: Number of the first prompt, for the messages; a single one from 0 on is "the prompt".
 
         Returns:
             For each prompt the request, or what is wrong with it: a TypeError or a ValueError that names it.
         """
+        kept: dict[int, SamplingParams] = {}  # the caller may change the originals while the requests run
         single = len(prompts) == 1 and first_index == 0
         prepared: list[Any] = []
         texts: list[str] = []
         for index, (prompt, given) in enumerate(zip(prompts, params, strict=True), first_index):
             name = "the prompt" if single else f"prompt {index}"
+            if isinstance(prompt, Exception):
+                prepared.append(prompt)
+                continue
             try:
                 text, token_ids = parse_prompt(name, prompt)
                 if given is not None and not isinstance(given, SamplingParams):
@@ -65,7 +71,10 @@ class Intake:
                         f"{name} is text, which needs a tokenizer, and the engine was made with "
                         "skip_tokenizer_init=True; pass token ids"
                     )
-                prepared.append((name, text, token_ids, given or self.default_params))
+                chosen = given or self.default_params
+                if id(chosen) not in kept:
+                    kept[id(chosen)] = chosen.clone()
+                prepared.append((name, text, token_ids, kept[id(chosen)]))
                 if token_ids is None and text is not None:
                     texts.append(text)
             except (TypeError, ValueError) as error:
@@ -137,9 +146,15 @@ class Intake:
                 "stop_token_ids or logit_bias"
             )
         limit = self._check_length(name, token_ids, params, self.max_model_len)
-        bad_words = encode_words(self.tokenizer, params.bad_words) if params.bad_words else ()
+        bad_words = self._encode_words(tuple(params.bad_words)) if params.bad_words else ()
         first_logprob = None if params.prompt_logprobs is None else 1
         return PreparedRequest(text, token_ids, params, limit, bad_words, first_logprob)
+
+    def _encode_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of ``bad_words``; most requests of a call have the same."""
+        if words not in self._encoded_words:
+            self._encoded_words = {words: encode_words(self.tokenizer, words)}
+        return self._encoded_words[words]
 
     def _check_length(self, name: str, token_ids: list[int], params: SamplingParams, longest: int) -> int:
         """Check a prompt's ids and room; returns the most tokens it may generate."""

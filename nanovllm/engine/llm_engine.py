@@ -27,9 +27,7 @@ from nanovllm.utils.model_config import load_model_config
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 4096
-
-
-_INTERRUPTED = RuntimeError("a call was interrupted")
+TURN_SECONDS = 1e-4  # what a thread that waits for the engine needs to wake up
 
 
 class LLMEngine:
@@ -87,8 +85,8 @@ class LLMEngine:
         self._num_requests = 0
         self._num_sequences = 0
         self._lock = threading.RLock()
-        self._changing = False  # somebody, who holds the lock, is changing what the engine holds
-        self._broken: BaseException | None = None  # a change was not completed
+        self._broken: BaseException | None = None  # a change is going on, or, if nobody holds the lock, was cut short
+        self._queue: set[int] = set()  # threads that wait for the lock
         self._aborting: list[str] = []  # to abort when the step that runs is over
         self._closed = False
         self.counters.startup_seconds = time.perf_counter() - started
@@ -115,7 +113,12 @@ class LLMEngine:
     @property
     def num_unfinished_requests(self) -> int:
         """Requests that have not ended."""
-        return 0 if self._broken is not None and not self._changing else len(self._requests)
+        if self._broken is None or self._is_inside_a_change() or not self._lock.acquire(blocking=False):
+            return len(self._requests)
+        try:  # nobody is changing anything: what a change that was cut short has left does not count
+            return len(self._requests) if self._broken is None else 0
+        finally:
+            self._lock.release()
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Check a request and queue it.
@@ -159,7 +162,9 @@ class LLMEngine:
             taken = request_id in self._requests
             if not taken:
                 self._num_requests += 1
-                sequences = self._make_sequences(request, request_id, self._requests.get(leader_id or ""))
+                sequences = self._make_sequences(
+                    request, request_id, None if leader_id is None else self._requests.get(leader_id)
+                )
                 tokenizer = self.tokenizer if request.params.detokenize else None
                 self._requests[request_id] = Request(
                     request_id, request.prompt, prompt_index, request.params, owner, tokenizer, sequences
@@ -180,12 +185,18 @@ class LLMEngine:
             Exception: The step failed or was interrupted. All requests are dropped; the engine is ready for new ones.
         """
         self.advance()
-        ready, self._ready = self._ready, []
+        with self._lock:
+            ready, self._ready = self._ready, []
         return ready
 
-    def advance(self) -> None:
-        """Run one step; what it gives goes to the owners of the requests. Raises as :meth:`step` does."""
+    def advance(self, owner: Owner | None = None) -> None:
+        """Run one step; what it gives goes to the owners of the requests. Raises as :meth:`step` does.
+
+        For an owner for whom something came while another thread's step was waited for, nothing is run.
+        """
         with self._change():
+            if owner is not None and owner.inbox:
+                return
             started = time.perf_counter()
             plan = self.scheduler.schedule()
             if plan is not None:
@@ -198,8 +209,11 @@ class LLMEngine:
                     self._follow(seq, now)
                 for seq in advanced:
                     self._report(seq)
-            while self._aborting:
-                self._abort([self._aborting.pop()])
+            if self._aborting:
+                aborting, self._aborting = self._aborting, []
+                self._abort(aborting, deferred=True)
+        if self._queue:  # a lock is not fair: who asks again at once would have it again
+            time.sleep(TURN_SECONDS)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, with finish reason "abort".
@@ -214,29 +228,27 @@ class LLMEngine:
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id is {request_id!r} ({type(request_id).__name__}); it must be a string")
-        with self._lock:
-            if self._changing:
-                self._aborting.append(request_id)
-                return None
-            with self._change():
-                outputs = self._abort([request_id])
+        if self._is_inside_a_change():
+            self._aborting.append(request_id)
+            return None
+        with self._change():
+            outputs = self._abort([request_id])
         return outputs[0] if outputs else None
 
     def abandon(self, owner: Owner) -> None:
         """Drop all requests of an owner who no longer waits for them."""
-        with self._lock:
-            mine = [request.request_id for request in self._requests.values() if request.owner is owner]
-            if self._changing:
-                self._aborting.extend(mine)
-            elif mine:
-                with self._change():
-                    self._abort(mine)
+        if self._is_inside_a_change():  # a generator that is collected there
+            self._aborting.extend(self._requests_of(owner))
+        elif not self._closed:
+            with self._change():
+                self._abort(self._requests_of(owner))
 
     def reset(self) -> None:
-        """Drop all requests. The prefix cache stays. Safe after an exception or an interrupt anywhere in a step."""
+        """Drop all requests, and outputs that :meth:`step` has not given yet. The prefix cache stays."""
+        self._refuse_inside_a_step()
         with self._lock:
-            self._refuse_inside_a_step()
-            self._recover(self._broken)
+            self._recover(self._broken or RuntimeError("the engine was reset"))
+            self._ready = []
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -245,8 +257,8 @@ class LLMEngine:
 
     def close(self) -> None:
         """Drop all requests and free the model and its KV cache, whoever still holds the engine."""
+        self._refuse_inside_a_step()
         with self._lock:
-            self._refuse_inside_a_step()
             if not self._closed:
                 self._recover(RuntimeError("the engine was closed"))
                 self._closed = True
@@ -254,7 +266,11 @@ class LLMEngine:
 
     def metrics(self) -> dict[str, Any]:
         """Facts and totals of the engine; see :meth:`nanovllm.LLM.get_metrics`."""
-        self._refuse_if_closed()
+        with self._lock:
+            self._refuse_if_closed()
+            return self._metrics()
+
+    def _metrics(self) -> dict[str, Any]:
         counters, runner, manager = self.counters, self.runner, self.scheduler.block_manager
         return {
             "device": str(runner.device),
@@ -288,25 +304,16 @@ class LLMEngine:
 
         A change that was interrupted is cleared away at once, and should that be interrupted too, by the next one.
         """
-        with self._lock:
-            self._refuse_if_closed()
-            self._refuse_inside_a_step()
-            if self._broken is not None:
-                self._recover(self._broken)
-            try:
-                self._changing, self._broken = True, _INTERRUPTED
-                yield
-                self._broken = None
-            except BaseException as error:
-                self._changing, self._broken = False, error
-                self._recover(error)
-                raise
-            finally:
-                self._changing = False
+        self._refuse_inside_a_step()
+        me = threading.get_ident()
+        self._queue.add(me)
+        with self._lock, _Guard(self):
+            self._queue.discard(me)
+            yield
 
-    def _recover(self, cause: BaseException | None) -> None:
+    def _recover(self, cause: BaseException) -> None:
         """Drop all requests, and tell their owners why."""
-        self._broken = cause or _INTERRUPTED
+        self._broken = cause
         self.scheduler.reset()
         self._aborting.clear()
         for request in self._requests.values():
@@ -315,8 +322,16 @@ class LLMEngine:
         self._requests.clear()
         self._broken = None
 
+    def _is_inside_a_change(self) -> bool:
+        """Whether this thread is in the middle of changing what the engine holds."""
+        # Asked of the lock, which is released whatever happens; a flag of our own might stay set after an interrupt.
+        return self._lock._is_owned()  # type: ignore[attr-defined]
+
+    def _requests_of(self, owner: Owner) -> list[str]:
+        return [request.request_id for request in self._requests.values() if request.owner is owner]
+
     def _refuse_inside_a_step(self) -> None:
-        if self._changing:  # by ourselves, for the lock is ours
+        if self._is_inside_a_change():
             raise RuntimeError(
                 "the engine was called from inside one of its own steps (by a signal handler or a logits processor); "
                 "only abort() may be"
@@ -368,6 +383,8 @@ class LLMEngine:
         """Tell whoever waits for a request what is new of one of its sequences."""
         request = self._requests[seq.request_id]
         request.num_unfinished -= seq.finished
+        if seq.error is not None:
+            logger.warning("request %s ended with an error: %s", seq.request_id, seq.error)
         output = self._finish(request) if request.num_unfinished == 0 else None
         owner = request.owner
         if owner is not None and owner.stream:
@@ -385,7 +402,9 @@ class LLMEngine:
         self.counters.count_request(request.sequences)
         return output
 
-    def _abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+    def _abort(self, request_ids: Iterable[str], deferred: bool = False) -> list[RequestOutput]:
+        """End requests; what they have goes to their owners, or, ``deferred``, to the next :meth:`step`."""
+        request_ids = dict.fromkeys(request_ids)
         requests = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         ending = [[seq for seq in request.sequences if not seq.finished] for request in requests]
         self.scheduler.finish_all([seq for sequences in ending for seq in sequences], "abort")
@@ -402,7 +421,29 @@ class LLMEngine:
                 owner.inbox.extend(pieces)
             elif owner is not None:
                 owner.inbox.append(output)
+            elif deferred:
+                self._ready.append(output)
         return outputs
+
+
+class _Guard:
+    """Around a change of what the engine holds: whatever cuts it short drops everything. Its lock is held."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.engine = engine
+
+    def __enter__(self) -> None:
+        engine = self.engine
+        engine._refuse_if_closed()
+        if engine._broken is not None:
+            engine._recover(engine._broken)
+        engine._broken = RuntimeError("a call was interrupted")
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.engine._broken = None
+        else:
+            self.engine._recover(error)
 
 
 def noise_key(kind: str, seed: int, index: int) -> int:

@@ -28,6 +28,7 @@ class _SlotRules:
     biases: list[tuple[int, float, int]] = field(default_factory=list)  # token, added to its logit, before position
     bad_words: list[tuple[int, ...]] = field(default_factory=list)  # of several tokens
     count_row: int = -1  # of ``LogitRules.counts``; -1 without penalties
+    processors: list[tuple[Callable[..., Any], bool]] = field(default_factory=list)  # and whether it takes the prompt
 
 
 @dataclass(slots=True)
@@ -62,6 +63,7 @@ class LogitRules:
     def enter(self, entry: SlotEntry) -> None:
         """Note the rules of a sequence that enters a slot."""
         params, rules = entry.params, _SlotRules(entry.params, entry.num_prompt_tokens)
+        rules.processors = [(processor, takes_prompt(processor)) for processor in params.logits_processors or ()]
         rules.biases = [(token, bias, _ALWAYS) for token, bias in (params.logit_bias or {}).items()]
         end = entry.num_prompt_tokens + params.min_tokens
         rules.biases += [(token, float("-inf"), end) for token in entry.stop_token_ids]
@@ -69,7 +71,7 @@ class LogitRules:
         rules.bad_words = [word for word in entry.bad_words if len(word) > 1]
         if has_penalties(params):
             rules.count_row = self._count(entry)
-        elif not (rules.biases or rules.bad_words or params.allowed_token_ids or params.logits_processors):
+        elif not (rules.biases or rules.bad_words or params.allowed_token_ids or rules.processors):
             return
         self._slots[entry.slot] = rules
         self._batch = None
@@ -186,7 +188,7 @@ class LogitRules:
         biases = [(row, *bias) for row, r in rules for bias in r.biases]
         words = [(row, word, r.num_prompt_tokens) for row, r in rules for word in r.bad_words]
         penalised = [(row, r) for row, r in rules if r.count_row >= 0]
-        batch = _BatchRules([(row, r) for row, r in rules if r.params.logits_processors], None, None, None, None)
+        batch = _BatchRules([(row, r) for row, r in rules if r.processors], None, None, None, None)
         if allowed:
             row, token = self._tensor(allowed).unbind(dim=1)
             batch.allowed = (row.unique(), row, token)
@@ -251,8 +253,8 @@ def _process(rules: _SlotRules, token_ids: list[int], logits: torch.Tensor) -> t
     """Run a request's logits processors on its row."""
     prompt, output = token_ids[: rules.num_prompt_tokens], token_ids[rules.num_prompt_tokens :]
     shape = logits.shape
-    for processor in rules.params.logits_processors or ():
-        logits = processor(prompt, output, logits) if takes_prompt(processor) else processor(output, logits)
+    for processor, prompted in rules.processors:  # each gets lists of its own
+        logits = processor([*prompt], [*output], logits) if prompted else processor([*output], logits)
         if not isinstance(logits, torch.Tensor) or logits.shape != shape:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise ValueError(f"it must return logits of shape {tuple(shape)}, not {found}")

@@ -56,4 +56,4 @@ def percentiles(values: deque[float]) -> dict[str, float] | None:
     ordered = sorted(values)
     if not ordered:
         return None
-    return {f"p{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 90, 99)}
+    return {f"p{share}": ordered[-(-len(ordered) * share // 100) - 1] for share in (50, 90, 99)}

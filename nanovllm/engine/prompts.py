@@ -41,7 +41,7 @@ def parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
         if "input_ids" in keys:
             return None, _encoded_ids(name, prompt)
         if {"role", "content"} <= set(keys):
-            raise ValueError(f"{name} is a chat message; render messages with tokenizer.apply_chat_template first")
+            raise ValueError(f"{name} is a chat message; answer conversations with llm.chat(messages)")
         if not keys or not set(keys) <= {"prompt", "prompt_token_ids"}:
             raise ValueError(f"{name} has the keys {keys}; use 'prompt' (text) or 'prompt_token_ids'")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")

@@ -1,7 +1,8 @@
 """A request: its sequences, their text, and what is given back."""
 
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,12 +58,12 @@ class Owner:
 
     def __init__(self, stream: bool = False) -> None:
         self.stream = stream
-        self.inbox: list[Outcome] = []
+        self.inbox: deque[Outcome] = deque()
 
-    def take(self) -> list[Outcome]:
-        """What came since the last call, in order."""
-        taken, self.inbox = self.inbox, []
-        return taken
+    def take(self) -> Iterator[Outcome]:
+        """What came since the last call, in order. Another thread may be putting more in."""
+        while self.inbox:
+            yield self.inbox.popleft()
 
 
 @dataclass(slots=True)
@@ -111,7 +112,7 @@ class Request:
         if detokenizer is None or seq.finish_reason == "error":
             return None
         try:
-            stop = detokenizer.append([seq.token_ids[-1]])
+            stop = None if self._hides_last_token(seq) else detokenizer.append([seq.token_ids[-1]])
             return detokenizer.finish() if stop is None and seq.finished else stop
         except Exception:  # whatever the tokenizer raises must not cost other requests their results
             self._warn()
@@ -173,7 +174,13 @@ class Request:
         if detokenizer is not None:
             self._finish_text(detokenizer)
             return detokenizer.text
-        return self._decode(seq.output_token_ids, self.params.skip_special_tokens)
+        token_ids = seq.output_token_ids[:-1] if self._hides_last_token(seq) else seq.output_token_ids
+        return self._decode(token_ids, self.params.skip_special_tokens)
+
+    def _hides_last_token(self, seq: Sequence) -> bool:
+        """Whether a token ended the sequence that is not to show in its text."""
+        by_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
+        return by_token and not self.params.include_stop_str_in_output
 
     def _finish_text(self, detokenizer: Detokenizer) -> None:
         try:

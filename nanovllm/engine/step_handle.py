@@ -42,14 +42,10 @@ class DeviceLogprobs:
             self.numbers,
             strict=True,
         )
-        found = []
-        for token, logprob, rank, ids, values, number in rows:
-            top = list(zip(ids, values, strict=True))[: None if number == -1 else number]
-            # Equally likely tokens have the same rank. In the list, as in vLLM, it is their place: the token that
-            # greedy decoding takes is the first.
-            place = next((place for place, (listed, _) in enumerate(top, 1) if listed == token), rank)
-            found.append(TokenLogprobs(token, logprob, place, top))
-        return found
+        return [
+            TokenLogprobs(token, logprob, rank, list(zip(ids, values, strict=True))[: None if n == -1 else n])
+            for token, logprob, rank, ids, values, n in rows
+        ]
 
 
 class StepHandle:

@@ -78,7 +78,7 @@ class TokenLogprobs:
     Args:
         token_id: The token that stands there.
         logprob: Its log-probability.
-        rank: How many tokens are at least as likely.
+        rank: Its place among all tokens by likelihood, from 1; of equally likely ones the lower id comes first.
         top: The most likely tokens and their log-probabilities, best first.
     """
 

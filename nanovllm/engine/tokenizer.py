@@ -37,12 +37,11 @@ def encode_words(tokenizer: Any, words: Iterable[str]) -> tuple[tuple[int, ...],
     return tuple(found)
 
 
-def as_conversations(messages: Any) -> tuple[list[list[dict[str, Any]]], bool]:
-    """One conversation or many -> a list of conversations, and whether many were given.
+def as_conversations(messages: Any) -> list[tuple[str, Any]]:
+    """One conversation or many -> what error messages call each, and the conversations, which are yet to be checked.
 
     Raises:
         TypeError: It is no list of messages, nor a list of such lists.
-        ValueError: It is empty, or a message lacks its role.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise TypeError(
@@ -50,14 +49,18 @@ def as_conversations(messages: Any) -> tuple[list[list[dict[str, Any]]], bool]:
             "such lists"
         )
     given = list(messages)
-    many = bool(given) and not isinstance(given[0], Mapping)
-    conversations = given if many else [given]
-    if not many and not given:
-        return [], True
-    return [_check(f"conversation {index}" if many else "messages", c) for index, c in enumerate(conversations)], many
+    if given and isinstance(given[0], Mapping):
+        return [("messages", given)]
+    return [(f"conversation {index}", conversation) for index, conversation in enumerate(given)]
 
 
-def _check(name: str, conversation: Any) -> list[dict[str, Any]]:
+def check_conversation(name: str, conversation: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation, their contents as text.
+
+    Raises:
+        TypeError: It is no list of messages, or a content is no text.
+        ValueError: It is empty, or a message lacks its role.
+    """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Iterable):
         raise TypeError(f"{name} is a {type(conversation).__name__}; it must be a list of messages")
     checked = []

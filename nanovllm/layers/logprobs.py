@@ -38,11 +38,18 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Te
         tokens: int64 [rows]; -1, a row of which nothing could be sampled, is taken as 0.
 
     Returns:
-        Log-probabilities float32 [rows] and ranks int64 [rows], from 1. As in vLLM the rank is the number of tokens
-        that are at least as likely, so that equally likely tokens have the same.
+        Log-probabilities float32 [rows] and ranks int64 [rows], from 1: the token's place in the order of
+        :func:`top_logprobs`.
     """
-    chosen = logits.gather(-1, tokens.clamp(min=0)[:, None])
-    ranks = torch.cat([(part >= value).sum(dim=-1) for part, value in _parts(logits, chosen)])
+    tokens = tokens.clamp(min=0)[:, None]
+    chosen = logits.gather(-1, tokens)
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    before = [(part > value).sum(dim=-1) for part, value in _parts(logits, chosen)]
+    before_equal = [
+        ((part == value) & (ids < token)).sum(dim=-1)
+        for (part, value), token in zip(_parts(logits, chosen), tokens.split(rows_at_a_time(logits)), strict=True)
+    ]
+    ranks = torch.cat(before) + torch.cat(before_equal) + 1
     peak, log_total = _normalizers(logits)
     return (chosen - peak - log_total)[:, 0], ranks
 
