@@ -285,8 +285,8 @@ class LLM:
         the continuation's are its own.
 
         Args:
-            prompts: One prompt for all continuations, or a list with one for each. With the prefix cache on, equal prompts
-                are computed once.
+            prompts: One prompt for all continuations, or a list with one for each. With the prefix cache on, equal
+                prompts are computed once.
             continuations: One or a list of them, in the forms of a prompt.
             use_tqdm: Show a progress bar.
 
