@@ -48,18 +48,22 @@ class BatchSummary:
         num_skipped: Rows that were done before.
         num_answered: Rows answered now.
         num_errors: Rows that became error rows now.
+        num_cut_off: Rows answered now of which a completion ended at ``max_tokens`` or ``max_model_len``.
         prompt_tokens: Of the rows answered now.
         output_tokens: Generated now.
         seconds: What this run took, without loading the model.
+        first_error: The first error row's message; None without one.
     """
 
     num_rows: int
     num_skipped: int
     num_answered: int
     num_errors: int
+    num_cut_off: int
     prompt_tokens: int
     output_tokens: int
     seconds: float
+    first_error: str | None = None
 
 
 def run_batch(
@@ -149,8 +153,17 @@ class BatchJob:
                 for output in outputs:
                     run.take(output)
         self.output.sync()
-        counts = (run.num_skipped, run.num_answered, run.num_errors, run.prompt_tokens, run.output_tokens)
-        return BatchSummary(self.num_rows, *counts, seconds=time.perf_counter() - started)
+        return BatchSummary(
+            num_rows=self.num_rows,
+            num_skipped=run.num_skipped,
+            num_answered=run.num_answered,
+            num_errors=run.num_errors,
+            num_cut_off=run.num_cut_off,
+            prompt_tokens=run.prompt_tokens,
+            output_tokens=run.output_tokens,
+            seconds=time.perf_counter() - started,
+            first_error=run.first_error,
+        )
 
     def close(self) -> None:
         """Close the output and release it."""
@@ -178,7 +191,9 @@ class _Run:
         self.llm, self.input_path, self.output, self.bar = llm, input_path, output, bar
         self.defaults, self.template_kwargs = defaults, template_kwargs
         self.context, self.model = engine_context(llm), Path(llm.engine.config.model).name
-        self.num_skipped = self.num_answered = self.num_errors = self.prompt_tokens = self.output_tokens = 0
+        self.num_skipped = self.num_answered = self.num_errors = self.num_cut_off = 0
+        self.prompt_tokens = self.output_tokens = 0
+        self.first_error: str | None = None
         self._running: dict[int, BatchRow] = {}  # by number of the prompt; no more than the engine has taken
         self._num_taken = 0
 
@@ -218,6 +233,7 @@ class _Run:
         else:
             self.output.append(answer_line(row, output, self.model))
             self.num_answered += 1
+            self.num_cut_off += any(completion.finish_reason == "length" for completion in output.outputs)
             self.prompt_tokens += len(output.prompt_token_ids)
             self.output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
             self.bar.update(1)
@@ -232,6 +248,7 @@ class _Run:
     def _fail(self, row: BatchRow, kind: str, message: str) -> None:
         self.output.append(line_head(row) | {"error": {"message": message, "type": kind, "line": row.line}})
         self.num_errors += 1
+        self.first_error = self.first_error or f"line {row.line}: {message}"
         self.bar.update(1)
 
 

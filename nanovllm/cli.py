@@ -134,6 +134,12 @@ def _batch(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
+    if args.model == DEMO_MODEL_PATH:
+        print("without --model, the demo checkpoint has answered", file=sys.stderr)
+    if done.num_cut_off:
+        print(f"{done.num_cut_off} answers were cut off (--max-tokens allows more)", file=sys.stderr)
+    if done.first_error is not None:
+        print(f"first error: {done.first_error} (--retry-errors runs error rows again)", file=sys.stderr)
     speed = done.output_tokens / done.seconds if done.seconds else 0.0
     print(
         f"{done.num_rows} rows: {done.num_answered} answered, {done.num_errors} errors, {done.num_skipped} done "

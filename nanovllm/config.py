@@ -105,6 +105,8 @@ class EngineConfig:
     def from_arguments(cls, model: str | os.PathLike[str], **arguments: Any) -> "EngineConfig":
         """Build the configuration from keyword arguments; an unknown one raises TypeError with the nearest known."""
         known = {f.name for f in dataclasses.fields(cls)} - {"model"}
+        for name in [name for name in arguments if name in _ELSEWHERE]:
+            _check_elsewhere(name, arguments.pop(name))
         for name in arguments:
             if name not in known:
                 raise unknown_argument("LLM", name, known)
@@ -123,6 +125,34 @@ class EngineConfig:
         if arguments.get("hf_overrides", {}) is None:
             arguments["hf_overrides"] = {}
         return cls(model=os.path.expanduser(os.fspath(model)), **arguments)
+
+
+# Arguments of vLLM's that we lack: what asks for nothing that we do not do anyway (None: any value), or our name.
+_ELSEWHERE: dict[str, tuple[Any, ...] | str | None] = {
+    "block_size": "kvcache_block_size",
+    "num_gpu_blocks_override": "num_kvcache_blocks",
+    "cpu_offload_gb": (0,),
+    "disable_log_stats": None,
+    "distributed_executor_backend": None,
+    "download_dir": None,
+    "enable_chunked_prefill": (None, True),
+    "kv_cache_dtype": ("auto",),
+    "load_format": ("auto", "safetensors"),
+    "pipeline_parallel_size": (1,),
+    "quantization": (None,),
+    "revision": (None,),
+    "swap_space": None,
+    "tokenizer_mode": ("auto",),
+    "trust_remote_code": (False,),
+}
+
+
+def _check_elsewhere(name: str, value: Any) -> None:
+    allowed = _ELSEWHERE[name]
+    if isinstance(allowed, str):
+        raise TypeError(f"LLM has no argument {name!r}; here it is {allowed!r}")
+    if allowed is not None and value not in allowed:
+        raise ValueError(f"{name} is {value!r}, which is not supported; leave it out")
 
 
 def _dtype_name(dtype: Any) -> Any:

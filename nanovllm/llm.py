@@ -277,6 +277,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         continuations: Prompt | Sequence[Prompt],
+        *,
         use_tqdm: bool = True,
     ) -> list[ScoreOutput]:
         """Log-likelihoods of given continuations, without generating.
@@ -297,7 +298,7 @@ class LLM:
             TypeError: A prompt or continuation has the wrong type.
             ValueError: One is empty, they do not fit together into the context, or their numbers differ.
         """
-        prompt_list, continuation_list = as_prompt_list(prompts), as_prompt_list(continuations)
+        prompt_list, continuation_list = as_prompt_list(prompts), as_prompt_list(continuations, "continuations")
         if len(prompt_list) == 1:
             prompt_list = prompt_list * len(continuation_list)
         if len(prompt_list) != len(continuation_list):

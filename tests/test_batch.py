@@ -624,3 +624,12 @@ def test_a_job_killed_twenty_times_answers_every_row_once(llm: LLM, files: Files
     assert process.returncode == 0, said
     assert answers(files) == answers(whole)
     assert len(answers(files)) == number
+
+
+def test_what_was_cut_off_and_the_first_error_are_told(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.put({"prompt": "a", "max_tokens": 2, "ignore_eos": True}, {"prompt": ""}, {"prompt": 5})
+    assert main(["batch", str(files.input), str(files.output), "--device", "cpu", "--no-progress"]) == 0
+    said = capsys.readouterr().err
+    assert "without --model, the demo checkpoint has answered" in said
+    assert "1 answers were cut off (--max-tokens allows more)" in said
+    assert "first error: line " in said

@@ -106,6 +106,7 @@ class TestChat:
             ([{"content": "x"}], ValueError, r"messages\[0\] has no 'role'"),
             ([QUESTION, ["x"]], TypeError, r"conversation 1\[0\] is a str"),
             ([QUESTION, []], ValueError, "conversation 1 is empty"),
+            ([{"role": "user", "text": "x"}], ValueError, r"messages\[0\] has no 'content', only 'role', 'text'"),
             ([{"role": "user", "content": 5}], TypeError, r"messages\[0\]\['content'\] is 5"),
             ([{"role": "user", "content": [{"type": "image_url"}]}], TypeError, "parts of type 'text'"),
         ],
@@ -244,6 +245,32 @@ class TestSeveralCompletions:
         output = tiny.abort(request_id)
         assert [completion.finish_reason for completion in output.outputs] == ["abort"] * 3
         assert_empty(tiny)
+
+
+class TestArgumentsOfVllm:
+    """Arguments that we lack are taken where they ask for nothing, and else refused with the reason."""
+
+    def test_values_that_ask_for_nothing(self, tiny_checkpoint: Path) -> None:
+        make_tiny(
+            tiny_checkpoint, trust_remote_code=False, quantization=None, swap_space=4, enable_chunked_prefill=True
+        ).close()
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"quantization": "awq"}, ValueError, "quantization is 'awq', which is not supported"),
+            ({"block_size": 16}, TypeError, "has no argument 'block_size'; here it is 'kvcache_block_size'"),
+            ({"pipeline_parallel_size": 2}, ValueError, "pipeline_parallel_size is 2"),
+        ],
+    )
+    def test_others(self, tiny_checkpoint: Path, arguments: dict, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            make_tiny(tiny_checkpoint, **arguments)
+
+    def test_messages_are_not_prompts(self, demo: LLM) -> None:
+        for prompts in (QUESTION, [QUESTION]):
+            with pytest.raises(ValueError, match=r"answer conversations with llm\.chat"):
+                demo.generate(prompts, use_tqdm=False)
 
 
 class TestStream:

@@ -120,6 +120,11 @@ class LLMEngine:
         finally:
             self._lock.release()
 
+    @property
+    def unfinished_request_ids(self) -> list[str]:
+        """Names of the requests that have not ended, in the order in which they were added."""
+        return list(self._requests)
+
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Check a request and queue it.
 

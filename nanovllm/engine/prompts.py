@@ -9,8 +9,8 @@ from nanovllm.utils.validation import check_int
 Prompt = str | list[int] | Mapping[str, Any]
 
 
-def as_prompt_list(prompts: Any) -> list[Any]:
-    """One prompt or many -> a list of prompts; TypeError if it is neither."""
+def as_prompt_list(prompts: Any, name: str = "prompts") -> list[Any]:
+    """One prompt or many -> a list of prompts; TypeError if it is neither. ``name`` is what messages call it."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     prompts = _plain(prompts)
@@ -18,7 +18,7 @@ def as_prompt_list(prompts: Any) -> list[Any]:
         return [prompts]
     if not _is_list(prompts):
         raise TypeError(
-            f"prompts is a {type(prompts).__name__}; pass a string, a list of token ids, or a list of prompts"
+            f"{name} is a {type(prompts).__name__}; pass a string, a list of token ids, or a list of prompts"
         )
     if prompts and all(isinstance(_plain(token), numbers.Integral) for token in prompts):
         return [list(prompts)]
@@ -78,6 +78,8 @@ def _token_ids(name: str, ids: Any) -> list[int]:
     if not _is_list(ids):
         raise TypeError(f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary")
     ids = list(ids)
+    if any(isinstance(token, Mapping) and "role" in token for token in ids):
+        raise ValueError(f"{name} is a conversation; answer conversations with llm.chat(messages)")
     if not all(type(token) is int for token in ids):
         ids = [check_int(f"position {position} of {name}", token) for position, token in enumerate(map(_plain, ids))]
     return ids

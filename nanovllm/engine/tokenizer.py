@@ -69,6 +69,9 @@ def check_conversation(name: str, conversation: Any) -> list[dict[str, Any]]:
             raise TypeError(f"{name}[{index}] is a {type(message).__name__}; it must be a dictionary with 'role'")
         if not isinstance(message.get("role"), str):
             raise ValueError(f"{name}[{index}] has no 'role'; use 'system', 'user', 'assistant' or 'tool'")
+        if "content" not in message and "tool_calls" not in message:
+            known = ", ".join(repr(str(key)) for key in message)
+            raise ValueError(f"{name}[{index}] has no 'content', only {known}")
         checked.append({**message, "content": _text(f"{name}[{index}]", message.get("content"))})
     if not checked:
         raise ValueError(f"{name} is empty; give at least one message")
