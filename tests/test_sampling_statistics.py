@@ -3,12 +3,16 @@
 The seeds are fixed, so that a test passes always or never.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from nanovllm import SamplingParams
+from nanovllm.engine.logit_rules import LogitRules
+from nanovllm.engine.step_plan import SlotEntry
 from nanovllm.layers import sampler as sampler_module
 from nanovllm.layers.noise import token_words
 from nanovllm.layers.sampler import Sampler, SamplingRows
@@ -189,3 +193,55 @@ def test_a_wide_vocabulary_is_drawn_from_evenly() -> None:
     blocks = torch.bincount(torch.arange(20_000) // BLOCK).double() / 20_000
     assert p_value(tokens // BLOCK, blocks) > LIMIT
     assert p_value(tokens % 125, torch.full((125,), 1 / 125, dtype=torch.float64)) > LIMIT
+
+
+# Rules: prompt 1 2 3 1, output 4 5 4, of a vocabulary of 40
+PROMPT, OUTPUT = [1, 2, 3, 1], [4, 5, 4]
+RULES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.8},
+    {"presence_penalty": 1.2},
+    {"frequency_penalty": 0.9},
+    {"logit_bias": {4: 1.5, 7: -2.0, 8: 3.0}},
+    {"allowed_token_ids": [2, 4, 9, 11, 30]},
+    {"min_tokens": 4, "stop_token_ids": [6, 10]},
+    {"repetition_penalty": 0.6, "presence_penalty": -1.0, "frequency_penalty": 0.5, "logit_bias": {5: 1.0}},
+    {"frequency_penalty": 0.9, "logit_bias": {4: 7.0}, "temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.02},
+]
+
+
+def ruled_logits(params: SamplingParams, logits: list[float]) -> torch.Tensor:
+    """What the rules leave of a row's logits, token by token."""
+    found = []
+    for token, logit in enumerate(logits):
+        logit += (params.logit_bias or {}).get(token, 0.0)
+        if token in PROMPT + OUTPUT:
+            factor = params.repetition_penalty
+            logit = logit / factor if logit > 0 else logit * factor
+        logit -= params.presence_penalty * (token in OUTPUT) + params.frequency_penalty * OUTPUT.count(token)
+        banned = len(OUTPUT) < params.min_tokens and token in params.stop_token_ids
+        banned |= params.allowed_token_ids is not None and token not in params.allowed_token_ids
+        found.append(-math.inf if banned else logit)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("settings", RULES, ids=lambda s: ",".join(s))
+def test_draws_follow_the_rules_of_a_request(settings: dict[str, Any]) -> None:
+    params, vocab_size, context = SamplingParams(**settings), 40, PROMPT + OUTPUT
+    logits = example_logits(vocab_size) * 2
+    rules = LogitRules(vocab_size, CPU)
+    stops = tuple(params.stop_token_ids) if len(OUTPUT) < params.min_tokens else ()
+    rules.enter(SlotEntry(0, context, [], params, 0, len(PROMPT), None, stops))
+    row, position, zero = logits[None].clone(), torch.tensor([len(context)]), torch.zeros(1, dtype=torch.int64)
+    rules.apply(row, [0], zero, position, len(context), torch.tensor([context], dtype=torch.int32))
+    truncation = {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in settings}
+    tokens = draw_many(row[0], **truncation)
+    assert p_value(tokens, exact_distribution(ruled_logits(params, logits.tolist()), **truncation)) > LIMIT
+    for name in settings.keys() - truncation.keys() - {"stop_token_ids"}:  # without any one of them, it would not do
+        less = ruled_logits(params_without(params, name), logits.tolist())
+        assert p_value(tokens, exact_distribution(less, **truncation)) < 1e-9
+
+
+def params_without(params: SamplingParams, name: str) -> SamplingParams:
+    changed = params.clone()
+    setattr(changed, name, getattr(SamplingParams(), name))
+    return changed
