@@ -1,7 +1,8 @@
 """The facade a user calls."""
 
+import inspect
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from nanovllm.config import EngineConfig
@@ -131,7 +132,7 @@ class LLM:
             ValueError: A prompt is empty or does not fit, or there are not as many parameters as prompts.
             RuntimeError: The engine was closed, or a step failed in another thread, while the call ran.
         """
-        _no_unknown("generate", unknown, ("prompts", "sampling_params", "use_tqdm", "on_error"))
+        _no_unknown(self.generate, unknown)
         prompt_list = as_prompt_list(prompts)
         return self._generate(prompt_list, _params_list(sampling_params, len(prompt_list)), use_tqdm, on_error)
 
@@ -170,7 +171,7 @@ class LLM:
             TypeError: A message or parameter has the wrong type.
             ValueError: The template refuses a conversation, or as :meth:`generate` does.
         """
-        _no_unknown("chat", unknown, ("messages", "sampling_params", "use_tqdm", *_CHAT_OPTIONS, "on_error"))
+        _no_unknown(self.chat, unknown)
         _check_on_error(on_error)
         prompts = self._render(
             messages,
@@ -401,18 +402,10 @@ class LLM:
         return prepared
 
 
-_CHAT_OPTIONS = (
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tools",
-    "chat_template_kwargs",
-)
-
-
-def _no_unknown(where: str, unknown: Mapping[str, Any], known: Iterable[str]) -> None:
+def _no_unknown(method: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
+    """TypeError if a method that gathers ``**unknown`` keywords was given any."""
     for name in unknown:
-        raise unknown_argument(where, name, known)
+        raise unknown_argument(method.__name__, name, inspect.signature(method).parameters.keys() - {"unknown"})
 
 
 def _check_on_error(on_error: str) -> None:

@@ -21,6 +21,22 @@ BASE = {
     "rope_theta": 10000.0,
 }
 
+# Of BASE's heads, within its max_position_embeddings.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(16)],
+    "long_factor": [2.0 + 0.5 * i for i in range(16)],
+    "original_max_position_embeddings": 512,
+}
+
 
 def write_checkpoint(path: str | os.PathLike[str], seed: int = 0, **changes: Any) -> Path:
     """Write a float32 checkpoint with BASE's configuration and ``changes``.

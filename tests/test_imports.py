@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": set(),
     "engine": set(),
     "engine.calls": {"engine.llm_engine", "engine.request", *PLAIN},
-    "engine.intake": {"engine.prompts", "engine.request", "engine.tokenizer", *PLAIN},
+    "engine.intake": {"engine.prompts", "engine.request", "engine.scheduler", "engine.tokenizer", *PLAIN},
     "engine.llm_engine": {
         "engine.intake",
         "engine.scheduler",

@@ -31,7 +31,7 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, rope
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import ShapeMismatchError, load_weights
 from nanovllm.utils.model_config import ModelConfig, load_model_config
-from tests.checkpoints import BASE, load_reference, reference_logits, write_checkpoint
+from tests.checkpoints import BASE, LLAMA3_ROPE, LONGROPE, load_reference, reference_logits, write_checkpoint
 from tests.threads import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -187,24 +187,8 @@ ROPES: dict[str, dict[str, Any]] = {
             "beta_slow": 2.0,
         }
     },
-    "llama3": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
-    "longrope": {
-        "rope_scaling": {
-            "rope_type": "longrope",
-            "factor": 4.0,
-            "short_factor": [1.0 + 0.1 * i for i in range(16)],
-            "long_factor": [2.0 + 0.5 * i for i in range(16)],
-            "original_max_position_embeddings": 512,
-        }
-    },
+    "llama3": {"rope_scaling": LLAMA3_ROPE},
+    "longrope": {"rope_scaling": LONGROPE},
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS, AttentionSpec
 from nanovllm.engine.llm_engine import noise_key
-from tests.checkpoints import BASE, load_reference, write_checkpoint
+from tests.checkpoints import BASE, LLAMA3_ROPE, LONGROPE, load_reference, write_checkpoint
 from tests.threads import one_thread  # noqa: F401
 
 NEW_TOKENS = 12
@@ -44,25 +44,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
     },
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
-    "llama3": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
+    "llama3": {"rope_scaling": LLAMA3_ROPE},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-    "longrope": {
-        "rope_scaling": {
-            "rope_type": "longrope",
-            "factor": 4.0,
-            "short_factor": [1.0 + 0.1 * i for i in range(16)],
-            "long_factor": [2.0 + 0.5 * i for i in range(16)],
-            "original_max_position_embeddings": 512,
-        }
-    },
+    "longrope": {"rope_scaling": LONGROPE},
 }
 FULL_SIZED = "gqa2-head48-theta"  # where one configuration is enough
 

@@ -25,7 +25,7 @@ class SampleInput:
         slots: Each sampling row's slot, where its token belongs.
         slot_index: The same, int64 [sampling rows].
         rows: How they are sampled.
-        longest: The largest position of a token to be sampled.
+        longest: At least the largest position of a token to be sampled.
         logprobs: By sampling row, how many log-probabilities it asks for, if it does.
     """
 
@@ -147,18 +147,19 @@ class BatchState:
             offsets = torch.arange(plan.num_tokens, device=self.device) - (ends - lengths)[row_of_token]
             positions = starts[row_of_token] + offsets
         contexts = [start + length for start, length in zip(plan.starts, plan.lengths, strict=True)]
+        longest = max(contexts)
         blocks = self.block_tables[token_slots, positions // self.block_size].long()
         attention = AttentionMetadata(
             query_lengths=plan.lengths,
             context_lengths=contexts,
-            block_tables=self.block_tables[slots, : -(-max(contexts) // self.block_size)].long(),
+            block_tables=self.block_tables[slots, : -(-longest // self.block_size)].long(),
             slot_mapping=blocks * self.block_size + positions % self.block_size,
         )
         return StepInput(
             token_ids=self.token_ids[token_slots, positions].long(),
             positions=positions,
             attention=attention,
-            sample=self._sample_input(plan, slots, ends - 1, starts + lengths),
+            sample=self._sample_input(plan, slots, ends - 1, starts + lengths, longest),
             prompt_logprobs=self._prompt_logprobs_input(plan) if self._wanting_prompt_logprobs else [],
         )
 
@@ -174,8 +175,9 @@ class BatchState:
         self.rules.enter(entry)
         self.token_ids[slot, : len(entry.token_ids)] = self._tensor(entry.token_ids, torch.int32)
         self.block_tables[slot, : len(entry.block_ids)] = self._tensor(entry.block_ids, torch.int32)
-        if not isinstance(params.temperature, Schedule):
-            self.temperature[slot] = clamp_temperature(params.temperature)
+        if not isinstance(params.temperature, Schedule):  # those are evaluated at each step
+            lowest = schedules.MIN_TEMPERATURE if params.temperature > 0 else 0.0  # float32 must not make it 0
+            self.temperature[slot] = min(max(params.temperature, lowest), schedules.MAX_TEMPERATURE)
         self.top_k[slot] = min(max(params.top_k, 0), 2**31)
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p
@@ -189,7 +191,12 @@ class BatchState:
             self._wanting_prompt_logprobs.add(slot)
 
     def _sample_input(
-        self, plan: StepPlan, slots: torch.Tensor, last_tokens: torch.Tensor, next_positions: torch.Tensor
+        self,
+        plan: StepPlan,
+        slots: torch.Tensor,
+        last_tokens: torch.Tensor,
+        next_positions: torch.Tensor,
+        longest: int,
     ) -> SampleInput | None:
         """What the rows of ``plan`` that sample need; the tensors have an element a row of the plan."""
         sampling = [row for row, samples in enumerate(plan.samples) if samples]
@@ -222,7 +229,7 @@ class BatchState:
                 any_min_p=batch.any_min_p,
                 num_candidates=batch.num_candidates,
             ),
-            longest=max(plan.starts[row] + plan.lengths[row] for row in sampling),
+            longest=longest,
             logprobs=batch.logprobs,
         )
 
@@ -276,8 +283,3 @@ class BatchState:
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
-
-
-def clamp_temperature(temperature: float) -> float:
-    """A temperature that float32 holds and can divide by; 0 stays 0. Beyond, one token is drawn, or all alike."""
-    return min(max(temperature, 1e-20), 1e20) if temperature > 0 else 0.0

@@ -5,6 +5,7 @@ from typing import Any
 
 from nanovllm.engine.prompts import Prompt, parse_prompt
 from nanovllm.engine.request import PreparedRequest
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.tokenizer import encode_words
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.model_config import ModelConfig
@@ -18,8 +19,7 @@ class Intake:
         tokenizer: Its tokenizer, or None.
         default_params: Sampling parameters of requests without their own.
         max_model_len: Most tokens of a sequence.
-        num_blocks: KV blocks.
-        block_size: Tokens a KV block.
+        scheduler: Knows what the KV cache holds.
     """
 
     def __init__(
@@ -28,15 +28,13 @@ class Intake:
         tokenizer: Any,
         default_params: SamplingParams,
         max_model_len: int,
-        num_blocks: int,
-        block_size: int,
+        scheduler: Scheduler,
     ) -> None:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.default_params = default_params
         self.max_model_len = max_model_len
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+        self.scheduler = scheduler
         self._encoded_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}  # of the latest bad_words
 
     def prepare(
@@ -172,16 +170,17 @@ class Intake:
                 "(raise max_model_len or shorten the prompt)"
             )
         limit = longest - length
-        capacity = self.num_blocks * self.block_size + 1  # the last token's KV is never needed
+        capacity = self.scheduler.max_tokens_per_sequence()
         if params.max_tokens is None:
             limit = max(1, min(limit, capacity - length))
         else:
             limit = min(limit, params.max_tokens)
         if length + limit > capacity:
-            blocks = -(-(length + limit - 1) // self.block_size)
+            manager = self.scheduler.block_manager
+            blocks = manager.blocks_needed(length + limit - 1)
             raise ValueError(
                 f"{name} has {length} tokens and may generate {limit}, which takes {blocks} KV blocks of "
-                f"{self.block_size} tokens; the cache has {self.num_blocks} (raise num_kvcache_blocks, lower "
+                f"{manager.block_size} tokens; the cache has {manager.num_blocks} (raise num_kvcache_blocks, lower "
                 "max_tokens or shorten the prompt)"
             )
         return limit

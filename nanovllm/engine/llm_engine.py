@@ -71,14 +71,7 @@ class LLMEngine:
             self.runner.num_kvcache_blocks, self.runner.block_size, config.enable_prefix_caching
         )
         self.scheduler = Scheduler(block_manager, self.runner.num_slots, self.runner.max_step_tokens)
-        self.intake = Intake(
-            self.model_config,
-            self.tokenizer,
-            default_params,
-            self.max_model_len,
-            self.runner.num_kvcache_blocks,
-            self.runner.block_size,
-        )
+        self.intake = Intake(self.model_config, self.tokenizer, default_params, self.max_model_len, self.scheduler)
         self.counters = Counters()
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # finished, of requests without an owner

@@ -100,7 +100,7 @@ class LogitRules:
             slots: Each row's slot.
             slot_index: The same, int64 [rows].
             positions: int64 [rows], positions of the tokens to be sampled.
-            longest: The largest of them.
+            longest: At least the largest of them.
             token_ids: int32 [slots, positions], the tokens of all residents.
 
         Returns:
@@ -141,6 +141,8 @@ class LogitRules:
 
     def record(self, slots: Sequence[int], tokens: torch.Tensor) -> None:
         """Count the tokens [rows] sampled for ``slots``."""
+        if not self._slots:
+            return
         rows = [(i, self._slots[slot].count_row) for i, slot in enumerate(slots) if slot in self._slots]
         rows = [(i, count_row) for i, count_row in rows if count_row >= 0]
         if rows:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.engine.step_plan import StepResult, TokenLogprobs
-from nanovllm.layers.logprobs import token_logprobs, top_logprobs
+from nanovllm.layers.logprobs import normalize, token_logprobs, top_logprobs
 
 NO_TOKEN = (
     "the logits are not finite, or no token is allowed: the weights or the dtype overflow (try dtype='float32'), or "
@@ -28,8 +28,9 @@ class DeviceLogprobs:
     def compute(cls, logits: torch.Tensor, tokens: torch.Tensor, numbers: list[int]) -> "DeviceLogprobs":
         """Of float32 logits [rows, vocab_size]."""
         most = logits.shape[1] if -1 in numbers else min(max(numbers), logits.shape[1])
-        values, ids = top_logprobs(logits, most)
-        chosen, ranks = token_logprobs(logits, tokens.clamp(min=0))
+        normalizer = normalize(logits)
+        values, ids = top_logprobs(logits, most, normalizer)
+        chosen, ranks = token_logprobs(logits, tokens, normalizer)
         return cls(tokens, chosen, ranks, ids, values, numbers)
 
     def to_host(self) -> list[TokenLogprobs]:

@@ -7,13 +7,18 @@ import torch
 
 from nanovllm.layers.top_tokens import in_blocks, most_likely, rows_at_a_time
 
+Normalizer = tuple[torch.Tensor, torch.Tensor]
 
-def top_logprobs(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def top_logprobs(
+    logits: torch.Tensor, num: int, normalizer: Normalizer | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The most likely tokens.
 
     Args:
         logits: float32 [rows, vocab_size].
         num: How many a row; at most ``vocab_size``.
+        normalizer: Of these logits, if it is known.
 
     Returns:
         Log-probabilities float32 [rows, num], the most likely first, and token ids int64 [rows, num]; of equally
@@ -26,16 +31,19 @@ def top_logprobs(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Te
         blocks = in_blocks(logits)
         rows = torch.arange(len(logits), device=logits.device)
         values, ids = most_likely(blocks, blocks.amax(dim=-1), rows, num)
-    peak, log_total = _normalizers(logits)
+    peak, log_total = normalizer or normalize(logits)
     return values - peak - log_total, ids
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, normalizer: Normalizer | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A given token of each row.
 
     Args:
         logits: float32 [rows, vocab_size].
         tokens: int64 [rows]; -1, a row of which nothing could be sampled, is taken as 0.
+        normalizer: Of these logits, if it is known.
 
     Returns:
         Log-probabilities float32 [rows] and ranks int64 [rows], from 1: the token's place in the order of
@@ -44,23 +52,22 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Te
     tokens = tokens.clamp(min=0)[:, None]
     chosen = logits.gather(-1, tokens)
     ids = torch.arange(logits.shape[1], device=logits.device)
-    before = [(part > value).sum(dim=-1) for part, value in _parts(logits, chosen)]
-    before_equal = [
-        ((part == value) & (ids < token)).sum(dim=-1)
-        for (part, value), token in zip(_parts(logits, chosen), tokens.split(rows_at_a_time(logits)), strict=True)
+    before = [
+        (part > value).sum(dim=-1) + ((part == value) & (ids < token)).sum(dim=-1)
+        for part, value, token in _parts(logits, chosen, tokens)
     ]
-    ranks = torch.cat(before) + torch.cat(before_equal) + 1
-    peak, log_total = _normalizers(logits)
+    ranks = torch.cat(before) + 1
+    peak, log_total = normalizer or normalize(logits)
     return (chosen - peak - log_total)[:, 0], ranks
 
 
-def _normalizers(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalize(logits: torch.Tensor) -> Normalizer:
     """The largest logit, and the log of the sum of exponentials relative to it: float32 [rows, 1] each."""
     peak = logits.amax(dim=-1, keepdim=True)
     totals = [(part - top).exp_().sum(dim=-1, keepdim=True) for part, top in _parts(logits, peak)]
     return peak, torch.cat(totals).log_()
 
 
-def _parts(logits: torch.Tensor, column: torch.Tensor) -> "zip[tuple[torch.Tensor, torch.Tensor]]":
+def _parts(logits: torch.Tensor, *columns: torch.Tensor) -> "zip[tuple[torch.Tensor, ...]]":
     step = rows_at_a_time(logits)
-    return zip(logits.split(step), column.split(step), strict=True)
+    return zip(*(tensor.split(step) for tensor in (logits, *columns)), strict=True)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from nanovllm.layers.noise import GOLDEN, block_words, exponential_noise, signed_word, token_words
+from nanovllm.layers.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE
 from nanovllm.layers.top_tokens import BLOCK, in_blocks, most_likely, rows_at_a_time
 
 # Tokens among which top_p is tried first. A constant, so that a row's draw does not depend on other rows' top_k.
@@ -97,7 +98,7 @@ class _Batch:
         self.blocks = in_blocks(logits)
         self.on_cpu = logits.device.type == "cpu"
         self.everything = torch.arange(len(logits), device=logits.device)
-        temperature = rows.temperature.clamp(1e-20, 1e20)  # what float32 quotients stand
+        temperature = rows.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
         self.scale = math.log2(math.e) / temperature  # 2^x costs a third of e^x on the CPU
         self.top_k = rows.top_k.where(rows.top_k < sampler.vocab_size, 0)
         self.truncated = (rows.temperature > 0) & ((self.top_k > 0) | (rows.top_p < 1))

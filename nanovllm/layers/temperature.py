@@ -18,8 +18,9 @@ from nanovllm.utils.validation import check_int, check_number
 # start position, temperature there, end position, temperature there, whether along a half cosine
 Piece = tuple[float, float, float, float, bool]
 
-# Beyond it every token is as likely as any other; and float32 still holds the differences between two of them.
-MAX_TEMPERATURE = 1e20
+# Beyond them every token is as likely as any other, or one is certain; float32 still holds their differences and
+# quotients.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-20, 1e20
 
 
 class TemperatureSchedule(ABC):
