@@ -3,13 +3,17 @@
     python bench.py --preset mini                                # the demo checkpoint: seconds
     python bench.py --preset mini --random-weights qwen3-0.6b    # a published shape: about half a minute
     python bench.py --preset mini --random-weights qwen3-0.6b --engine nanovllm,hf --repeats 3
+    python bench.py --random-weights qwen3-0.6b --engine nanovllm,hf-cb --separately
     python bench.py --model PATH --workload 64:16-64:16-64 --workload 32:1-16:32-32:1024 --json results.json
 
-Engines that are compared run in one process and take turns on the same requests, because machines drift.
+Engines that are compared run in one process and take turns on the same requests, because machines drift; or, with
+--separately, one after the other, for a GPU whose memory each wants for itself.
 """
 
 import argparse
+import gc
 import json
+import logging
 import os
 import random
 import statistics
@@ -27,6 +31,7 @@ import transformers
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.kernels import DISABLE_VARIABLE
 from nanovllm.utils.environment import hardware, versions
 from nanovllm.utils.memory import peak_cpu_memory
 from nanovllm.utils.random_checkpoint import SHAPES, cached_random_checkpoint
@@ -115,6 +120,8 @@ class Workload:
 class NanovllmEngine:
     """The engine of this repository."""
 
+    name = "nanovllm"
+
     def __init__(self, model: Path, longest: int, args: argparse.Namespace) -> None:
         options: dict[str, Any] = {"dtype": args.dtype, "device": args.device, "seed": args.seed}
         for name in INTEGER_OPTIONS + OTHER_OPTIONS:
@@ -141,7 +148,7 @@ class NanovllmEngine:
         before = self.llm.get_metrics()
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start  # the last token of all is on the host by now
         check_lengths("nanovllm", [len(out.outputs[0].token_ids) for out in outputs], requests.output_lens)
         after = self.llm.get_metrics()
         return seconds, {name: after[name] - before[name] for name in COUNTERS}
@@ -155,6 +162,8 @@ class NanovllmEngine:
 
 class HFEngine:
     """transformers' generate on left-padded batches, each of which runs until its longest output is done."""
+
+    name = "hf"
 
     def __init__(self, model: Path, longest: int, args: argparse.Namespace) -> None:
         transformers.utils.logging.disable_progress_bar()
@@ -212,7 +221,64 @@ class HFEngine:
         del self.model
 
 
+class HFContinuousEngine(HFEngine):
+    """transformers' continuous batching: a paged cache, and requests that join and leave as others finish."""
+
+    name = "hf-cb"
+
+    def __init__(self, model: Path, longest: int, args: argparse.Namespace) -> None:
+        if not hasattr(transformers.generation, "ContinuousBatchingConfig"):
+            raise ValueError(
+                f"--engine hf-cb: transformers {transformers.__version__} has no continuous batching of this kind "
+                "(use hf, or a newer transformers)"
+            )
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+        super().__init__(model, longest, args)
+        start = time.perf_counter()
+        options: dict[str, Any] = {}
+        if self.device == "cpu":  # by default its cache takes most of the memory
+            options["continuous_batching_config"] = transformers.generation.ContinuousBatchingConfig(
+                max_memory_percent=0.02, max_batch_tokens=512
+            )
+        # Token -1 never comes: every request runs to its full length.
+        config = transformers.GenerationConfig(max_new_tokens=longest, eos_token_id=-1, **self.options)
+        self.manager = self.model.init_continuous_batching(generation_config=config, **options)
+        if self.device == "cuda" and hasattr(self.manager, "warmup"):
+            self.manager.warmup()
+        self.manager.start()
+        self.startup_seconds += time.perf_counter() - start
+
+    def describe(self) -> str:
+        attention = self.model.config._attn_implementation
+        return f"{self.device}, {str(self.model.dtype).removeprefix('torch.')}, attention {attention}"
+
+    def run(self, requests: Requests) -> tuple[float, dict[str, Any]]:
+        start = time.perf_counter()
+        asked = zip(requests.prompts, requests.output_lens, strict=True)
+        ids = [self.manager.add_request(prompt, max_new_tokens=n) for prompt, n in asked]
+        done: dict[str, Any] = {}
+        while len(done) < len(ids):
+            result = self.manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                if result.error:
+                    raise RuntimeError(f"hf-cb: a request failed: {result.error}")
+                done[result.request_id] = result
+            elif result is None and not self.manager.is_running():
+                raise RuntimeError("hf-cb: the thread that generates has ended")
+        seconds = time.perf_counter() - start
+        check_lengths(self.name, [len(done[name].generated_tokens) for name in ids], requests.output_lens)
+        return seconds, {}
+
+    def close(self) -> None:
+        self.manager.stop(block=True)
+        if hasattr(self.manager, "destroy"):
+            self.manager.destroy()
+        del self.manager
+        super().close()
+
+
 Engine = NanovllmEngine | HFEngine
+ENGINES: dict[str, type[Engine]] = {one.name: one for one in (NanovllmEngine, HFEngine, HFContinuousEngine)}
 
 
 def check_lengths(engine: str, made: list[int], asked: list[int]) -> None:
@@ -229,32 +295,53 @@ def pick_device(device: str) -> str:
     return device
 
 
-def measure(engines: dict[str, Engine], requests: Requests, repeats: int) -> dict[str, Any]:
-    """Time every engine on the requests, in turns, and take each one's median."""
+def measure(engines: dict[str, Engine], held: dict[str, int], requests: Requests, repeats: int) -> dict[str, Any]:
+    """Time every engine on the requests, in turns, and take each one's median.
+
+    ``held`` is the GPU memory that each holds between its turns; what others hold is not its own.
+    """
     times: dict[str, list[float]] = {name: [] for name in engines}
     results: dict[str, dict[str, Any]] = {name: {} for name in engines}
     for _ in range(repeats):
         for name, engine in engines.items():
+            before = allocated_gpu_memory()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             seconds, details = engine.run(requests)
             times[name].append(seconds)
             results[name] |= details  # of the last repeat
             if torch.cuda.is_available():
-                results[name]["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    medians = {name: statistics.median(times[name]) for name in engines}
+                results[name]["peak_gpu_memory_bytes"] = held[name] + torch.cuda.max_memory_allocated() - before
     for name, result in results.items():
         result["seconds"] = times[name]
-        result["median_seconds"] = medians[name]
-        result["output_tokens_per_second"] = requests.output_tokens / medians[name]
-    first, *others = engines
+        result["median_seconds"] = statistics.median(times[name])
+        result["output_tokens_per_second"] = requests.output_tokens / result["median_seconds"]
+    return results
+
+
+def compare(workload: Workload, requests: Requests, results: dict[str, Any]) -> dict[str, Any]:
+    """What the report says of a workload; ratios are the first engine's to the others."""
+    first, *others = results
+    rates = {name: result["output_tokens_per_second"] for name, result in results.items()}
     return {
+        "workload": str(workload),
         "num_requests": len(requests.prompts),
         "prompt_tokens": requests.prompt_tokens,
         "output_tokens": requests.output_tokens,
         "results": results,
-        "ratios": {f"{first}/{other}": medians[other] / medians[first] for other in others},
+        "ratios": {f"{first}/{other}": rates[first] / rates[other] for other in others},
     }
+
+
+def allocated_gpu_memory() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def free_gpu_memory() -> None:
+    """Give the device what closed engines have left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def gib(num_bytes: int) -> str:
@@ -274,8 +361,8 @@ def print_workload(workload: Workload, requests: Requests, repeats: int) -> None
     print(f"\nworkload {workload}: {tokens}{f', {repeats} times' if repeats > 1 else ''}", flush=True)
 
 
-def print_measurement(measured: dict[str, Any]) -> None:
-    for name, result in measured["results"].items():
+def print_results(results: dict[str, Any]) -> None:
+    for name, result in results.items():
         speed = f"{result['output_tokens_per_second']:10.2f} output tok/s"
         line = f"  {name:<9}{result['median_seconds']:9.2f} s {speed}"
         if len(result["seconds"]) > 1:
@@ -286,7 +373,11 @@ def print_measurement(measured: dict[str, Any]) -> None:
         if "peak_gpu_memory_bytes" in result:
             line += f", GPU memory {gib(result['peak_gpu_memory_bytes'])}"
         print(line)
-    for pair, ratio in measured["ratios"].items():
+    sys.stdout.flush()
+
+
+def print_ratios(ratios: dict[str, float]) -> None:
+    for pair, ratio in ratios.items():
         print(f"  ratio {pair.replace('/', ' / ')}: {ratio:.2f}x output tok/s")
     sys.stdout.flush()
 
@@ -315,6 +406,16 @@ def length_range(text: str) -> tuple[int, int]:
     if bounds[0] > bounds[1]:
         raise argparse.ArgumentTypeError(f"{text!r} runs backwards")
     return bounds
+
+
+def engine_names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in ENGINES:
+            raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(ENGINES)})")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names an engine twice")
+    return names
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -355,9 +456,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
 
     add = parser.add_argument_group("run").add_argument
-    engines = ("nanovllm", "hf", "nanovllm,hf", "hf,nanovllm")
-    engine_help = "nanovllm (the default), hf (transformers), or both, whose ratio is then printed"
-    add("--engine", choices=engines, default="nanovllm", metavar="NAME[,NAME]", help=engine_help)
+    engine_help = "nanovllm (the default), hf (transformers), hf-cb (its continuous batching); of several, ratios"
+    add("--engine", type=engine_names, default=["nanovllm"], metavar="NAME[,NAME]", help=engine_help)
+    add("--separately", action="store_true", help="close each engine before the next is opened, instead of turns")
     add("--repeats", type=count, default=1, metavar="N", help="report medians (default: 1)")
     add("--json", type=Path, metavar="FILE", help="write all figures, versions and hardware here")
     add("--hf-batch-size", type=count, metavar="N", help="(default: all of a workload's requests)")
@@ -367,7 +468,7 @@ def build_parser() -> argparse.ArgumentParser:
     for option in INTEGER_OPTIONS:
         add(f"--{option.replace('_', '-')}", type=count, metavar="N")
     add("--attention-backend", metavar="NAME")
-    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="lower it if hf is on the same GPU")
+    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="lower it if hf takes turns")
     add("--enforce-eager", action="store_true", default=None, help="no CUDA graphs")
     add("--no-prefix-caching", dest="enable_prefix_caching", action="store_false", default=None)
     return parser
@@ -423,27 +524,36 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(Path(__file__).resolve().parent),
         "hardware": hardware(),
         "options": {k: v for k, v in vars(args).items() if v is not None and not isinstance(v, Path)},
+        "disabled": os.environ.get(DISABLE_VARIABLE, ""),
         "engines": {},
         "workloads": [],
     }
     print_machine(report)
     longest = max(requests.longest for requests in drawn)
-    engines: dict[str, Engine] = {}
-    with ExitStack() as stack:
-        for name in args.engine.split(","):
-            engine = (NanovllmEngine if name == "nanovllm" else HFEngine)(model, longest, args)
-            stack.callback(engine.close)
-            engines[name] = engine
-            engine.run(drawn[0].warm_up())
-            print(f"{name} ready in {engine.startup_seconds:.2f} s: {engine.describe()}", flush=True)
-        for workload, requests in zip(workloads, drawn, strict=True):
-            print_workload(workload, requests, args.repeats)
-            measured = {"workload": str(workload), **measure(engines, requests, args.repeats)}
-            report["workloads"].append(measured)
-            print_measurement(measured)
-        for name, engine in engines.items():
-            startup = {"startup_seconds": engine.startup_seconds}
-            report["engines"][name] = {"setup": engine.describe(), **engine.totals(), **startup}
+    results: list[dict[str, Any]] = [{} for _ in drawn]  # a workload, by engine
+    groups = [[name] for name in args.engine] if args.separately else [args.engine]
+    for names in groups:
+        engines: dict[str, Engine] = {}
+        held: dict[str, int] = {}
+        with ExitStack() as stack:
+            stack.callback(free_gpu_memory)
+            for name in names:
+                before = allocated_gpu_memory()
+                engines[name] = engine = ENGINES[name](model, longest, args)
+                stack.callback(engine.close)
+                engine.run(drawn[0].warm_up())
+                held[name] = allocated_gpu_memory() - before
+                print(f"{name} ready in {engine.startup_seconds:.2f} s: {engine.describe()}", flush=True)
+            for workload, requests, found in zip(workloads, drawn, results, strict=True):
+                print_workload(workload, requests, args.repeats)
+                found |= measure(engines, held, requests, args.repeats)
+                print_results({name: found[name] for name in names})
+                if names is groups[-1]:
+                    report["workloads"].append(compare(workload, requests, found))
+                    print_ratios(report["workloads"][-1]["ratios"])
+            for name, engine in engines.items():
+                startup = {"startup_seconds": engine.startup_seconds}
+                report["engines"][name] = {"setup": engine.describe(), **engine.totals(), **startup}
     report["peak_process_memory_bytes"] = peak_cpu_memory()
     print_totals(report)
     return report

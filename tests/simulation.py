@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import nanovllm
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import AdmissionPolicy, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
@@ -142,6 +142,7 @@ class Simulation:
 
     Args:
         depth: Steps launched before the tokens of the first are known: 0, or 1 for overlap.
+        policy: When waiting sequences join.
     """
 
     def __init__(
@@ -153,10 +154,11 @@ class Simulation:
         max_num_batched_tokens: int = 64,
         enable_prefix_caching: bool = True,
         depth: int = 0,
+        policy: AdmissionPolicy | None = None,
     ) -> None:
         self.depth = depth
         self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
-        self.scheduler = Scheduler(self.manager, max_num_seqs, max_num_batched_tokens)
+        self.scheduler = Scheduler(self.manager, max_num_seqs, max_num_batched_tokens, policy)
         self.device = SimulatedDevice(max_num_seqs, num_blocks, block_size)
         self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
         self.sequences: list[Sequence] = []
@@ -201,6 +203,16 @@ class Simulation:
             sharing = frozenset(seq.slot for seq in self.scheduler.running if seq.leader is not None)
             self.in_flight.append((plan, self.device.execute(plan, sharing)))
         return plan
+
+    def refuse(self) -> None:
+        """Plan a step that turns out too large for the device, which runs none of it."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._check(plan)
+            self.scheduler.take_back(plan)
+            self.scheduler.check_integrity()
+            assert not self.scheduler.running
+            self.scheduler.back_off()
 
     def land(self, failing: int | None = None) -> list[Sequence]:
         """Tell the scheduler the tokens of the oldest step in flight; returns the sequences that got one.
@@ -270,6 +282,8 @@ class Simulation:
     def _check(self, plan: StepPlan) -> None:
         assert 0 < plan.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+        if not self.scheduler.policy.mixed and plan.num_prefill_tokens:
+            assert plan.num_prefill_tokens == plan.num_tokens, "a prompt shares its step"
         # Apart from the tokens of those that enter, a plan holds a few numbers a row, however long the contexts are.
         assert len(plan.released) <= self.scheduler.max_num_seqs
         assert len(plan.appended_blocks) <= len(plan.slots)

@@ -23,6 +23,15 @@ SPEC = AttentionSpec(
 )
 BACKENDS_HERE = [name for name, backend in BACKENDS.items() if backend.why_not(SPEC) is None]
 every_backend = pytest.mark.parametrize("name", BACKENDS_HERE)
+# Interpreted kernels are too slow for as many examples: tests/test_paged_attention.py draws theirs.
+every_fast_backend = pytest.mark.parametrize("name", [name for name in BACKENDS_HERE if name != "triton"])
+
+
+def blocks_served(name: str, block_size: int) -> int:
+    """``block_size`` or, if the backend serves no such blocks, the smallest that it does."""
+    served = BACKENDS[name].why_not(replace(SPEC, block_size=block_size)) is None
+    return block_size if served else BACKENDS[name].default_block_size
+
 
 # The same examples in every run, and no limits of time: the machine may be busy.
 examples = settings(max_examples=60, deadline=None, derandomize=True)
@@ -101,6 +110,7 @@ class Simulation:
     """
 
     def __init__(self, case: Case, name: str, garbage: float | None = None, layer: int = 1, **changes: Any) -> None:
+        case = replace(case, block_size=blocks_served(name, case.block_size))
         spec = case.spec(**changes)
         self.backend: AttentionBackend = BACKENDS[name](spec)
         self.case, self.spec, self.layer = case, spec, layer
@@ -164,12 +174,12 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 class TestAgainstTheNaiveReference:
     """The three cases, and their mixtures."""
 
-    @every_backend
+    @every_fast_backend
     @examples
     @given(case=cases(history=False))
     def test_without_a_cache(self, name: str, case: Case) -> None:
         simulation = Simulation(case, name)
-        bare = BACKENDS[name](case.spec())
+        bare = BACKENDS[name](simulation.spec)
         counts = [row.queries for row in case.rows]
         nowhere = torch.zeros(len(counts), 0, dtype=torch.int64)
         step = bare.begin_step(
@@ -179,14 +189,14 @@ class TestAgainstTheNaiveReference:
         assert_close(out, simulation.expected())
         assert bare.kv_cache() is None
 
-    @every_backend
+    @every_fast_backend
     @examples
     @given(case=cases(history=False))
     def test_prompts_without_history(self, name: str, case: Case) -> None:
         simulation = Simulation(case, name)
         assert_close(simulation.compute_queries(), simulation.expected())
 
-    @every_backend
+    @every_fast_backend
     @examples
     @given(case=cases())
     def test_paged_with_history_in_mixed_batches(self, name: str, case: Case) -> None:
@@ -201,7 +211,8 @@ class TestAgainstTheNaiveReference:
         case = Case(2, 3, 16, block_size, (Row(0, total), Row(0, total)))
         whole = Simulation(case, name)
         expected = whole.compute_queries().view(2, total, *whole.q[0].shape[1:])
-        for position in range(total):
+        # all are in the cache already; of many, those at the ends of blocks
+        for position in range(total) if total < 100 else (0, 1, 63, 64, 254, 255, 256, 257):
             one = [q[position : position + 1] for q in whole.q]
             out = whole.run([position] * 2, [1] * 2, [0, 1], one)
             torch.testing.assert_close(out, expected[:, position], rtol=1e-5, atol=1e-5)
@@ -360,9 +371,8 @@ class TestCost:
 class TestSelection:
     """Which backend serves a model, and what is said if none does."""
 
-    def test_auto_takes_the_first_that_can(self) -> None:
-        first = next(backend for backend in BACKENDS.values() if backend.why_not(SPEC) is None)
-        assert select_backend("auto", SPEC) is first
+    def test_auto_interprets_no_kernels(self) -> None:
+        assert select_backend("auto", SPEC) is matmul.MatmulAttention
 
     @every_backend
     def test_by_name(self, name: str) -> None:

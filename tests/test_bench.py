@@ -5,11 +5,12 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -249,6 +250,106 @@ def test_transformers_runs_alone_and_in_smaller_batches(
     assert "cpu, float32, batches of 2" in capsys.readouterr().out
 
 
+needs_continuous_batching = pytest.mark.skipif(
+    not hasattr(transformers.generation, "ContinuousBatchingConfig"), reason="needs a newer transformers"
+)
+
+
+@needs_continuous_batching
+def test_continuous_batching_of_transformers_gives_every_request_its_length(
+    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    argv = [*tiny, "--workload", "4:5-9:2-6", "--engine", "nanovllm,hf-cb", "--separately", "--repeats", "2"]
+    assert bench.main([*argv, "--dtype", "float32", "--json", str(tmp_path / "r.json")]) == 0
+    out = capsys.readouterr().out
+    assert "hf-cb ready in" in out
+    assert "ratio nanovllm / hf-cb: " in out
+    report = json.loads((tmp_path / "r.json").read_text())
+    [workload] = report["workloads"]
+    assert list(workload["results"]) == list(report["engines"]) == ["nanovllm", "hf-cb"]
+    assert all(len(result["seconds"]) == 2 for result in workload["results"].values())
+
+
+@needs_continuous_batching
+def test_continuous_batching_says_which_request_failed(bench: ModuleType, tiny: list[str]) -> None:
+    class Result:
+        request_id, error, generated_tokens = "req_0", "out of blocks", ()
+
+        def is_finished(self) -> bool:
+            return True
+
+    args = bench.build_parser().parse_args([*tiny, "--dtype", "float32"])
+    engine = bench.HFContinuousEngine(bench.chosen_model(args)[1], 16, args)
+    try:
+        manager, engine.manager = (
+            engine.manager,
+            SimpleNamespace(add_request=lambda prompt, max_new_tokens: "req_0", get_result=lambda timeout: Result()),
+        )
+        with pytest.raises(RuntimeError, match="a request failed: out of blocks"):
+            engine.run(bench.Requests([[7]], [2]))
+        engine.manager.get_result, engine.manager.is_running = lambda timeout: None, lambda: False
+        with pytest.raises(RuntimeError, match="the thread that generates has ended"):
+            engine.run(bench.Requests([[7]], [2]))
+    finally:
+        engine.manager = manager
+        engine.close()
+
+
+def test_a_transformers_without_continuous_batching_gets_one_line(
+    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.transformers, "generation", SimpleNamespace())
+    line = error_line(bench, capsys, *tiny, "--workload", "1:4-4:4-4", "--engine", "hf-cb")
+    assert f"transformers {transformers.__version__} has no continuous batching" in line
+
+
+def test_engines_are_opened_one_after_the_other_if_asked(
+    bench: ModuleType, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Watched(bench.NanovllmEngine):
+        def __init__(self, *arguments: Any) -> None:
+            events.append(f"open {self.name}")
+            super().__init__(*arguments)
+
+        def close(self) -> None:
+            events.append(f"close {self.name}")
+            super().close()
+
+    engines = {name: type("Engine", (Watched,), {"name": name}) for name in ("nanovllm", "hf")}
+    monkeypatch.setattr(bench, "ENGINES", engines)
+    argv = [*tiny, "--workload", "2:5-5:2-2", "--engine", "nanovllm,hf"]
+    assert bench.main([*argv, "--separately"]) == 0
+    assert events == ["open nanovllm", "close nanovllm", "open hf", "close hf"]
+    events.clear()
+    assert bench.main(argv) == 0
+    assert events == ["open nanovllm", "open hf", "close hf", "close nanovllm"]
+
+
+def test_gpu_memory_of_an_engine_does_not_count_what_others_hold(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter([1000, 700])
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(bench.torch.cuda, "memory_allocated", lambda: 600)
+    monkeypatch.setattr(bench.torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    engine = SimpleNamespace(run=lambda requests: (1.0, {}))
+    requests = bench.Requests([[7]], [2])
+    results = bench.measure({"first": engine, "second": engine}, {"first": 400, "second": 200}, requests, 1)
+    assert results["first"]["peak_gpu_memory_bytes"] == 400 + 400
+    assert results["second"]["peak_gpu_memory_bytes"] == 200 + 100
+
+
+def test_what_was_switched_off_is_reported(
+    bench: ModuleType, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOVLLM_DISABLE", "graphs,sample")
+    assert bench.main([*tiny, "--workload", "1:5-5:2-2", "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["disabled"] == "graphs,sample"
+
+
 def test_transformers_sees_left_padded_prompts(bench: ModuleType, tiny: list[str]) -> None:
     args = bench.build_parser().parse_args([*tiny, "--temperature", "0", "--dtype", "float32"])
     engine = bench.HFEngine(bench.chosen_model(args)[1], 16, args)
@@ -298,6 +399,7 @@ def test_a_cache_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
             "--workload and --prompt-len exclude each other",
         ),
         (["--engine", "vllm"], "invalid choice: 'vllm'"),
+        (["--engine", "hf,hf"], "'hf,hf' names an engine twice"),
         (["--random-weights", "qwen3-7b"], "qwen3-0.6b"),
         (["--random-weights", "tiny", "--model", "x"], "not allowed with"),
         (["--model", "no/such/folder"], "it has no config.json"),

@@ -15,7 +15,8 @@ PACKAGE = Path(nanovllm.__path__[0])
 # longest name that fits decides, and a folder's modules may import each other.
 UTILS = {"utils", "version"}
 PLAIN = {"sampling_params", "outputs", *UTILS}  # values that every level may see
-MODEL = {"attention", "kernels", "layers", *UTILS}
+ARITHMETIC = {"layers.noise", "layers.temperature", "layers.top_tokens"}  # what kernels share with the layers
+MODEL = {"attention", "kernels", "layers", *ARITHMETIC, *UTILS}
 MAY_IMPORT: dict[str, set[str]] = {
     "": {"llm", "config", *PLAIN},  # nanovllm/__init__.py
     "__main__": {"cli"},
@@ -44,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.prompts",
         "engine.metrics",
         "engine.model_runner",
+        "engine.step_handle",
         "engine.request",
         "engine.tokenizer",
         "engine.workers",
@@ -69,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "models",
         *MODEL,
+        *PLAIN,
     },
     "engine.step_handle": {"engine.step_plan", *MODEL},
     "engine.logit_rules": {"engine.step_plan", *PLAIN},
@@ -77,7 +80,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": MODEL,
     "layers": {"attention", "kernels", *UTILS},
     "attention": {"kernels", *UTILS},
-    "kernels": UTILS,
+    "kernels": {*ARITHMETIC, *UTILS},
+    **dict.fromkeys(sorted(ARITHMETIC), UTILS),
     "config": {"utils"},
     "sampling_params": {"utils"},
     "outputs": {"utils"},

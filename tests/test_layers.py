@@ -211,7 +211,7 @@ class TestRotaryEmbedding:
         rotary = RotaryEmbedding(model_config(tmp_path, **changes), 512, CPU)
         reference = modeling_qwen3.Qwen3RotaryEmbedding(Qwen3Config(**{**BASE, **changes}))
         positions = torch.tensor([0, 1, 2, 63, 64, 65, 300, 511, 5, 5])
-        cos, sin = rotary(positions)
+        cos, sin = rotary(positions).rows()
         expected_cos, expected_sin = reference(torch.zeros(1), positions[None])
         for ours, theirs in ((cos, expected_cos), (sin, expected_sin)):
             assert ours.shape == (len(positions), 1, head_dim // 2)
@@ -229,12 +229,12 @@ class TestRotaryEmbedding:
         positions = torch.tensor([3, 0, 511, 64, 64])
         q, k = randn(5, 4, 32).to(dtype), randn(5, 2, 32, seed=1).to(dtype)
         kept = q.clone()
-        cos, sin = (torch.cat([table, table], dim=-1)[:, 0][None] for table in rotary(positions))
+        cos, sin = (torch.cat([table, table], dim=-1)[:, 0][None] for table in rotary(positions).rows())
         expected = modeling_qwen3.apply_rotary_pos_emb(
             q.float().transpose(0, 1)[None], k.float().transpose(0, 1)[None], cos, sin
         )
         for x, want in zip((q, k), expected, strict=True):
-            out = apply_rotary(x, *rotary(positions))
+            out = apply_rotary(x, *rotary(positions).rows())
             assert out.dtype == dtype
             torch.testing.assert_close(out, want[0].transpose(0, 1).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
         assert torch.equal(q, kept)
@@ -242,9 +242,9 @@ class TestRotaryEmbedding:
     def test_positions_count_from_zero(self, tmp_path: Path) -> None:
         rotary = RotaryEmbedding(model_config(tmp_path), 512, CPU)
         x = randn(1, 2, 32)
-        torch.testing.assert_close(apply_rotary(x, *rotary(torch.tensor([0]))), x)
+        torch.testing.assert_close(apply_rotary(x, *rotary(torch.tensor([0])).rows()), x)
         # The first element turns by one radian a position.
-        turned = apply_rotary(x, *rotary(torch.tensor([1])))
+        turned = apply_rotary(x, *rotary(torch.tensor([1])).rows())
         expected = x[..., 0] * math.cos(1) - x[..., 16] * math.sin(1)
         torch.testing.assert_close(turned[..., 0], expected)
 
@@ -253,8 +253,8 @@ class TestRotaryEmbedding:
         q, k = randn(1, 1, 32), randn(1, 1, 32, seed=1)
 
         def product(query_position: int, key_position: int) -> torch.Tensor:
-            turned_q = apply_rotary(q, *rotary(torch.tensor([query_position])))
-            return (turned_q * apply_rotary(k, *rotary(torch.tensor([key_position])))).sum()
+            turned_q = apply_rotary(q, *rotary(torch.tensor([query_position])).rows())
+            return (turned_q * apply_rotary(k, *rotary(torch.tensor([key_position])).rows())).sum()
 
         torch.testing.assert_close(product(7, 3), product(400, 396), rtol=1e-4, atol=1e-4)
         assert abs(product(7, 3) - product(7, 4)) > 1e-2
@@ -278,13 +278,13 @@ class TestActivation:
 
     def test_gate_comes_first(self) -> None:
         gate, up = randn(3, 8), randn(3, 8, seed=1)
-        out = SiluAndMul()(torch.cat([gate, up], dim=1))
+        out = SiluAndMul(CPU)(torch.cat([gate, up], dim=1))
         torch.testing.assert_close(out, gate * torch.sigmoid(gate) * up)
 
     def test_only_silu(self) -> None:
-        assert isinstance(get_activation("silu"), SiluAndMul)
+        assert isinstance(get_activation("silu", CPU), SiluAndMul)
         with pytest.raises(ValueError, match="hidden_act is 'relu'; only 'silu'"):
-            get_activation("relu")
+            get_activation("relu", CPU)
 
 
 class TestLinearSplitOverRanks:
@@ -329,7 +329,7 @@ class TestLinearSplitOverRanks:
         def rank(parallel: ParallelGroup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             layer = GateUpParallelLinear(10, 24, parallel, F32, CPU)
             reads = load(layer.weight, {"gate": gate, "up": up})
-            return SiluAndMul()(layer(x)), reads["gate"], reads["up"]
+            return SiluAndMul(CPU)(layer(x)), reads["gate"], reads["up"]
 
         outs, gate_reads, up_reads = zip(*run_ranks(size, rank), strict=True)
         expected = F.silu(F.linear(x, gate)) * F.linear(x, up)

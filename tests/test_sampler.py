@@ -61,9 +61,10 @@ def make_rows(
         all_greedy=not sampled.any(),
         any_greedy=not sampled.all(),
         any_truncated=bool(truncated.any()),
-        num_candidates=int(top_ks[truncated].max()) if truncated.any() and (top_ks[truncated] > 0).all() else 0,
+        num_candidates=int(top_ks[truncated].max()) if truncated.any() else 0,
         any_min_p=bool((sampled & (min_ps > 0)).any()),
         min_p=min_ps,
+        any_unbounded=bool((truncated & (top_ks == 0)).any()),
     )
 
 
@@ -86,7 +87,7 @@ def draws(
     positions = torch.arange(1, num_positions + 1).repeat(NUM_REQUESTS)
     rows = make_rows(keys, positions, **settings)
     if unbounded:
-        rows.num_candidates = 0
+        rows.any_unbounded = True
     tokens = sample(logits.expand(len(positions), -1), rows)
     return tokens.view(NUM_REQUESTS, num_positions)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from nanovllm.engine.scheduler import AdmissionPolicy
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step_plan import StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
@@ -442,3 +443,81 @@ def test_an_interrupt_at_any_line_leaves_a_scheduler_that_resets_to_working_orde
         simulation.check_finished()
         num_interrupts += 1
     assert num_interrupts > 150
+
+
+class TestAdmission:
+    """When waiting sequences join those that run."""
+
+    def joined(self, policy: AdmissionPolicy, waiting: int, lengths: list[int]) -> list[list[int]]:
+        """By step, the sequences that join; residents of these output lengths fill all slots at first."""
+        simulation = Simulation(num_blocks=500, max_num_seqs=len(lengths), max_num_batched_tokens=500, policy=policy)
+        for length in lengths:
+            simulation.add([1, 2, 3], length)
+        for _ in range(waiting):
+            simulation.add([1, 2, 3], 50)
+        steps: list[list[int]] = []
+        while simulation.scheduler.has_unfinished:
+            known = {seq.number for seq in simulation.scheduler.running}
+            assert simulation.step() is not None
+            steps.append([seq.number for seq in simulation.scheduler.running if seq.number not in known])
+        simulation.check_finished()
+        return steps
+
+    def test_by_default_a_vacant_slot_is_filled_at_once(self) -> None:
+        steps = self.joined(AdmissionPolicy(), waiting=4, lengths=[2, 3, 4, 5, 60, 60, 60, 60])
+        assert [len(step) for step in steps[1:6]] == [0, 1, 1, 1, 1]
+
+    def test_slots_are_gathered_and_filled_together(self) -> None:
+        steps = self.joined(AdmissionPolicy(vacancies=4), waiting=4, lengths=[2, 3, 4, 5, 60, 60, 60, 60])
+        assert [len(step) for step in steps[1:6]] == [0, 0, 0, 0, 4]
+
+    def test_no_more_than_wait_are_gathered(self) -> None:
+        steps = self.joined(AdmissionPolicy(vacancies=4), waiting=2, lengths=[2, 3, 4, 5, 60, 60, 60, 60])
+        assert [len(step) for step in steps[1:6]] == [0, 0, 2, 0, 0]
+
+    def test_nobody_waits_longer_than_the_patience_for_others_to_end(self) -> None:
+        steps = self.joined(AdmissionPolicy(vacancies=4, patience=6), waiting=4, lengths=[2, 60, 60, 60, 60, 60])
+        assert [number for number, step in enumerate(steps) if step][1] == 8  # vacant from step 2 on
+
+    def test_prompts_go_first_and_alone_where_steps_are_not_mixed(self) -> None:
+        simulation = Simulation(num_blocks=500, max_num_batched_tokens=16, policy=AdmissionPolicy(mixed=False))
+        first = simulation.add([1, 2], 20)
+        simulation.step()
+        simulation.step()
+        simulation.add(list(range(20)), 5)
+        plans = [simulation.step() for _ in range(3)]
+        assert [plan.lengths for plan in plans if plan] == [[16], [4], [1, 1]]
+        assert first.num_output_tokens == 3
+        simulation.run()
+        simulation.check_finished()
+
+
+def test_a_step_that_was_too_large_is_planned_again_smaller() -> None:
+    simulation = Simulation(num_blocks=2000, max_num_seqs=8, max_num_batched_tokens=1024)
+    for _ in range(8):
+        simulation.add(list(range(20)) * 10, 4)
+    simulation.refuse()
+    scheduler = simulation.scheduler
+    assert (scheduler.max_num_batched_tokens, scheduler.max_num_running) == (512, 4)
+    assert len(scheduler.waiting) == 8
+    plan = simulation.step()
+    assert plan is not None
+    assert plan.num_tokens <= 512
+    assert len(scheduler.running) <= 4
+    while scheduler.back_off():
+        pass
+    assert (scheduler.max_num_batched_tokens, scheduler.max_num_running) == (256, 1)
+    simulation.run()
+    simulation.check_finished()
+
+
+def test_only_the_newest_plan_can_be_taken_back_and_only_surplus_be_forgotten() -> None:
+    simulation = Simulation(depth=1)
+    simulation.add([1, 2, 3], 5)
+    first = simulation.launch()
+    simulation.launch()
+    assert first is not None
+    with pytest.raises(RuntimeError, match="newest"):
+        simulation.scheduler.take_back(first)
+    with pytest.raises(RuntimeError, match="has not ended"):
+        simulation.scheduler.forget_surplus()

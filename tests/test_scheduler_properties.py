@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager, scheduler
+from nanovllm.engine.scheduler import AdmissionPolicy
 from tests.simulation import VOCAB_SIZE, Simulation
 
 SCHEDULES = 1000  # with COLLIDING: the number of generated schedules
@@ -45,9 +46,10 @@ def workloads(draw: st.DrawFn) -> Workload:
         "max_num_batched_tokens": draw(st.sampled_from([1, 7, 64])),
         "enable_prefix_caching": draw(st.sampled_from([True, True, True, False])),
         "depth": draw(st.integers(0, 2)),  # 1 is overlap
+        "policy": draw(st.builds(AdmissionPolicy, st.integers(1, 5), st.sampled_from([0, 3, 32]), st.booleans())),
     }
     kinds = ["add"] * 9 + ["step"] * 9 + ["launch", "launch", "land", "land", "abort", "fail", "forget prefixes"]
-    kinds += ["abort many", "reset"]
+    kinds += ["abort many", "reset", "refuse"]
     operation = st.tuples(st.sampled_from(kinds), st.binary(min_size=4, max_size=4))
     return Workload(limits, draw(st.sampled_from([0, 16])), draw(st.lists(operation, min_size=10, max_size=50)))
 
@@ -81,6 +83,8 @@ def perform(simulation: Simulation, kind: str, details: bytes) -> None:
     elif kind == "forget prefixes":
         simulation.manager.reset_prefix_cache()
         simulation.scheduler.check_integrity()
+    elif kind == "refuse" and len(simulation.in_flight) <= simulation.depth:
+        simulation.refuse()
     elif kind == "reset" and a < 100:
         simulation.reset()
 

@@ -1,249 +1,215 @@
-"""Everything that only a GPU can show, in one command: tests, backends against references, parity, benchmarks.
+"""Everything that only a GPU can show, in one command: tests, kernels against references, parity, benchmarks, profiles.
 
-    python tools/gpu_check.py --out DIR                          # all stages
-    python tools/gpu_check.py --out DIR --stages device backends # some of them
-    python tools/gpu_check.py --out DIR --device cpu --quick     # a rehearsal without a GPU
+    python tools/gpu_check.py --out DIR                            # all stages
+    python tools/gpu_check.py --out DIR --stages device kernels    # some of them
+    python tools/gpu_check.py --out DIR --device cpu --quick       # a rehearsal without a GPU
 
-Writes DIR/gpu_check.json and DIR/gpu_check.txt after every stage, so that what was measured survives whatever comes
-after. Each stage ends well within ten minutes. A stage that fails is noted and the next one runs; the exit code is 1
-if any failed.
+Writes DIR/gpu_check.json and DIR/gpu_check.txt after every stage, and what a stage has found so far to DIR/stage.json,
+so that what was measured survives whatever comes after. Each stage runs in a process of its own: after an illegal
+memory access, only a new one can use the device, so then the stage goes on in another, after the part that failed. A
+stage that fails, or takes longer than its limit, is noted and the next one runs; the exit code is 1 if any failed.
 """
 
 import argparse
 import contextlib
-import io
 import json
-import re
+import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
-import bench  # noqa: E402
-from nanovllm import LLM, SamplingParams  # noqa: E402
-from nanovllm.attention import BACKENDS, AttentionSpec  # noqa: E402
-from nanovllm.attention.base import AttentionMetadata  # noqa: E402
+import gpu_attention  # noqa: E402
+import gpu_kernels  # noqa: E402
+import gpu_speed  # noqa: E402
+import gpu_stages  # noqa: E402
+from gpu_measure import Check, DeviceLostError, Result  # noqa: E402
+
 from nanovllm.utils.environment import hardware, versions  # noqa: E402
 
-Result = dict[str, Any]
-# (query lengths, context lengths, heads, KV heads, head size, block size)
-ATTENTION_CASES = [
-    ([1] * 8, [1, 15, 16, 17, 300, 1024, 2048, 33], 16, 8, 128, 16),
-    ([64, 1, 17, 128], [64, 500, 117, 128], 16, 8, 128, 16),
-    ([256, 1], [700, 31], 32, 8, 128, 256),
-    ([33, 1, 1], [33, 64, 65], 8, 1, 64, 16),
-]
-ERROR_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-
-
-def check_device(device: torch.device, quick: bool) -> Result:
-    """The ceilings: copy bandwidth (bytes read plus written) and bfloat16 matrix products, on random data."""
-    mib, size = (64, 512) if quick else (4096, 8192)
-    source = torch.rand(mib * 2**18, device=device)
-    target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), device)
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product_seconds = median_seconds(lambda: a @ b, device)
-    return {
-        "copy_bandwidth_tb_s": 2 * source.nbytes / seconds / 1e12,
-        "bfloat16_tflop_s": 2 * size**3 / product_seconds / 1e12,
-    }
-
-
-def check_tests(device: torch.device, quick: bool) -> Result:
-    """Every test marked ``gpu``."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
-    if done.returncode not in (0, 5):  # 5: no test was chosen
-        raise RuntimeError(f"{summary}\n{done.stdout[-3000:]}")
-    return {"summary": re.sub(r"=+", "", summary).strip()}
-
-
-def check_backends(device: torch.device, quick: bool) -> Result:
-    """Each backend that runs here against float64 matrix products on the CPU: largest relative error."""
-    result: Result = {}
-    for name, backend in BACKENDS.items():
-        for dtype, limit in ERROR_LIMITS.items():
-            errors = []
-            for case in ATTENTION_CASES:
-                reason = backend.why_not(attention_spec(case, dtype, device))
-                if reason is not None:
-                    result[f"{name} {dtype}"] = f"not here: {reason}"
-                    break
-                reference = run_attention(case, "matmul", torch.float64, torch.device("cpu"), dtype)
-                out = run_attention(case, name, dtype, device, dtype).cpu().double()
-                errors.append(float((out - reference).norm() / reference.norm()))
-            else:
-                result[f"{name} {dtype}"] = max(errors)
-                if not max(errors) <= limit:  # a NaN fails too
-                    raise RuntimeError(f"{name} in {dtype}: relative error {max(errors)} exceeds {limit}")
-    return result
-
-
-def check_parity(device: torch.device, quick: bool) -> Result:
-    """Greedy tokens of the demo checkpoint in float32, on this device with each backend, against the CPU's."""
-    from nanovllm.demo import DEMO_MODEL_PATH
-
-    prompts = [f"<|im_start|>user\nWhat is {a} + {7 * a}?<|im_end|>\n<|im_start|>assistant\n" for a in range(3, 60, 3)]
-    params = SamplingParams(temperature=0, max_tokens=64)
-    seeded = SamplingParams(temperature=0.8, max_tokens=32, seed=1)
-
-    def answers(where: str, backend: str) -> list[list[int]]:
-        with LLM(DEMO_MODEL_PATH, device=where, dtype="float32", attention_backend=backend) as llm:
-            outputs = llm.generate(prompts, params, use_tqdm=False) + llm.generate(prompts, seeded, use_tqdm=False)
-        return [output["token_ids"] for output in outputs]
-
-    expected = answers("cpu", "matmul")
-    result: Result = {}
-    for name in BACKENDS:
-        try:
-            found = answers(str(device), name)
-        except ValueError as error:
-            result[name] = f"not here: {error}"
-            continue
-        result[name] = f"{sum(a == b for a, b in zip(expected, found, strict=True))} of {len(expected)} equal"
-        if found != expected:
-            raise RuntimeError(f"{name}: {result[name]}")
-    return result
-
-
-def check_bench(device: torch.device, quick: bool) -> Result:
-    """The standard run, decoding one request alone, and transformers beside them."""
-    workloads = ["2:8-16:4-8"] if quick else [bench.PRESETS["full"], "1:64-64:256-256"]
-    shape = "tiny" if quick else "qwen3-0.6b"
-    result = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for workload, engines in zip(workloads, ("nanovllm", "nanovllm,hf"), strict=False):
-            report = Path(folder, "report.json")
-            arguments = ["--random-weights", shape, "--workload", workload, "--engine", engines, "--json", str(report)]
-            arguments += ["--device", device.type, "--gpu-memory-utilization", "0.8", "--weights-cache", folder]
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                if bench.main(arguments) != 0:
-                    raise RuntimeError(printed.getvalue())
-            result[workload] = json.loads(report.read_text())
-    return result
-
-
-STAGES: dict[str, Callable[[torch.device, bool], Result]] = {
-    "device": check_device,
-    "tests": check_tests,
-    "backends": check_backends,
-    "parity": check_parity,
-    "bench": check_bench,
+# By name: the stage, and the seconds after which it is ended. A command on the GPU machine may take 600.
+STAGES: dict[str, tuple[Callable[[Check], None], float]] = {
+    "device": (gpu_kernels.check_device, 60),
+    "kernels": (gpu_kernels.check_kernels, 240),
+    "backends": (gpu_attention.check_backends, 240),
+    "tests": (gpu_stages.check_tests, 480),
+    "parity": (gpu_stages.check_parity, 300),
+    "graphs": (gpu_stages.check_graphs, 240),
+    "standard": (gpu_speed.check_standard, 240),
+    "latency": (gpu_speed.check_latency, 120),
+    "profile": (gpu_speed.check_profile, 240),
+    "memory": (gpu_stages.check_memory, 240),
+    "many": (gpu_speed.check_many, 480),
+    "ablation": (gpu_speed.check_ablation, 540),
+    "tune": (gpu_attention.check_tune, 540),
+    "hf": (gpu_speed.check_hf, 560),
 }
+WORKER = [sys.executable, str(Path(__file__).resolve())]
+DEVICE_LOST = 75  # exit code of a worker that can do no more but has noted what it found
+MOST_ATTEMPTS = 10
+STAGE_FILE = "stage.json"
+LINE = 230  # characters of a line of the table
 
 
-def attention_spec(case: tuple, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
-    _, _, heads, kv_heads, head_dim, block_size = case
-    return AttentionSpec(1, heads, kv_heads, head_dim, dtype, device, block_size)
+def run_stage(name: str, check: Check) -> Result:
+    """Run a stage in this process; what it found, and what went wrong.
+
+    Raises:
+        DeviceLostError: The device cannot be used any more. What was found has been saved.
+    """
+    try:
+        STAGES[name][0](check)
+    except DeviceLostError:
+        raise
+    except Exception:  # note it and go on: the device may not be here tomorrow
+        check.fail("stage", traceback.format_exc())
+    return findings(check)
 
 
-def run_attention(
-    case: tuple, name: str, dtype: torch.dtype, device: torch.device, rounded: torch.dtype
-) -> torch.Tensor:
-    """Compute the case's contexts in two steps, history then queries; inputs are rounded to ``rounded`` first."""
-    query_lengths, contexts, heads, kv_heads, head_dim, block_size = case
-    backend = BACKENDS[name](attention_spec(case, dtype, device))
-    generator = torch.Generator().manual_seed(0)
-    blocks = [-(-context // block_size) for context in contexts]
-    backend.allocate_cache(sum(blocks))
-    order = torch.randperm(sum(blocks), generator=generator).split(blocks)  # no table is contiguous
-    tables = torch.zeros(len(blocks), max(blocks), dtype=torch.int64)
-    for row, ids in enumerate(order):
-        tables[row, : len(ids)] = ids
-
-    def step(starts: list[int], ends: list[int]) -> torch.Tensor:
-        rows = [row for row, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
-        positions = [torch.arange(starts[row], ends[row]) for row in rows]
-        slots = [
-            tables[row][p // block_size] * block_size + p % block_size for row, p in zip(rows, positions, strict=True)
-        ]
-        metadata = AttentionMetadata(
-            [ends[row] - starts[row] for row in rows],
-            [ends[row] for row in rows],
-            tables[rows].to(device),
-            torch.cat(slots).to(device),
-        )
-        tokens = sum(metadata.query_lengths)
-        q, k, v = (torch.randn(tokens, n, head_dim, generator=generator) for n in (heads, kv_heads, kv_heads))
-        q, k, v = (x.to(rounded).to(dtype).to(device) for x in (q, k, v))
-        return backend.begin_step(metadata).attend(0, q, k, v)
-
-    starts = [context - length for context, length in zip(contexts, query_lengths, strict=True)]
-    step([0] * len(starts), starts)
-    return step(starts, list(contexts))
+def findings(check: Check) -> Result:
+    return {"results": check.results, "errors": check.errors, "tried": check.tried}
 
 
-def median_seconds(function: Callable[[], Any], device: torch.device, repeats: int = 11) -> float:
-    """Median time of a call, by device events on CUDA."""
-    function()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - started)
-    return sorted(times)[repeats // 2]
+def save_to(path: Path) -> Callable[[Check], None]:
+    def save(check: Check) -> None:
+        path.write_text(json.dumps({**findings(check), "earlier": check.earlier}, default=str))
+
+    return save
+
+
+def supervise(name: str, args: argparse.Namespace, earlier: dict[str, Result], seconds: float) -> Result:
+    """Run a stage in processes of its own until it is through; what it found, and what went wrong."""
+    path = args.out / STAGE_FILE
+    found: Result = {"results": {}, "errors": {}, "tried": []}
+    deadline = time.monotonic() + seconds
+    for _ in range(MOST_ATTEMPTS):
+        path.write_text(json.dumps({"results": {}, "errors": {}, "tried": [], "earlier": earlier}, default=str))
+        command = [*WORKER, "--out", str(args.out), "--worker", name, "--device", args.device]
+        command += ["--quick"] if args.quick else []
+        command += ["--skip", *found["tried"]] if found["tried"] else []
+        code = run_until(command, deadline)
+        problem = f"ended after {seconds:.0f} s" if code is None else f"the process ended with exit code {code}"
+        new = json.loads(path.read_text())
+        for key in ("results", "errors"):
+            found[key] |= new[key]
+        found["tried"] += new["tried"]
+        if code == 0:
+            return found
+        last = new["tried"][-1] if new["tried"] else "stage"
+        if code != DEVICE_LOST:
+            found["errors"].setdefault(last, problem)
+            found["results"].setdefault(last, f"FAILED: {problem}")
+        if code is None or not new["tried"]:  # no time is left, or nothing to go on after
+            return found
+    found["errors"]["stage"] = f"given up after {MOST_ATTEMPTS} processes"
+    return found
+
+
+def run_until(command: list[str], deadline: float) -> int | None:
+    """Exit code of a command; None if it had to be ended, with all that it had started."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait(max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started.kill()
+        process.wait()
+        return None
+
+
+def work(args: argparse.Namespace) -> int:
+    """What a stage's process does; the exit code."""
+    path = args.out / STAGE_FILE
+    earlier = json.loads(path.read_text())["earlier"]
+    save = save_to(path)
+    check = Check(torch.device(args.device), args.quick, args.out, earlier, frozenset(args.skip), save)
+    try:
+        run_stage(args.worker, check)
+    except DeviceLostError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(DEVICE_LOST)  # clean-up would ask the device
+    save(check)
+    return 0
 
 
 def table(report: Result) -> str:
     """A line a stage, and a line a figure."""
-    lines = [f"{', '.join(report['hardware']['gpus']) or report['hardware']['cpu']}; {report['versions']}"]
+    machine = ", ".join(report["hardware"]["gpus"]) or report["hardware"]["cpu"]
+    lines = [f"{machine}; {', '.join(f'{name} {version}' for name, version in report['versions'].items())}"]
     for name, stage in report["stages"].items():
         lines.append(f"{name}: {'ok' if stage['ok'] else 'FAILED'} in {stage['seconds']:.1f} s")
-        if not stage["ok"]:
-            lines.append(f"    {stage['error'].strip().splitlines()[-1]}")
-        for key, value in stage.get("result", {}).items():
-            if name == "bench":
-                measured = value["workloads"][0]
-                for engine, figures in measured["results"].items():
-                    lines.append(f"    {key} {engine}: {figures['output_tokens_per_second']:.0f} output tok/s")
-            else:
-                lines.append(f"    {key}: {value if isinstance(value, str) else f'{value:.4g}'}")
+        lines += [f"    {key}: {shown(value)}"[:LINE] for key, value in stage["results"].items()]
+        lines += [
+            f"    {key} FAILED: {error.strip().splitlines()[-1]}"[:LINE]
+            for key, error in stage["errors"].items()
+            if key not in stage["results"]
+        ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(inner)}" for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), metavar="STAGE")
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N, or cpu for a rehearsal")
     parser.add_argument("--quick", action="store_true", help="sizes for a rehearsal; figures mean nothing")
-    args = parser.parse_args()
+    parser.add_argument("--minutes", type=float, metavar="N", help="end after this time; what is left is not run")
+    same_help = "run all stages in this process: quicker, but a crash ends it"
+    parser.add_argument("--same-process", action="store_true", help=same_help)
+    parser.add_argument("--worker", choices=list(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--skip", nargs="+", default=[], help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here (--device cpu --quick rehearses without one)")
+    transformers.utils.logging.disable_progress_bar()
+    if args.worker:
+        return work(args)
     args.out.mkdir(parents=True, exist_ok=True)
     report: Result = {"versions": versions(ROOT), "hardware": hardware(), "quick": args.quick, "stages": {}}
+    started = time.monotonic()
     for name in args.stages:
-        started = time.perf_counter()
-        stage: Result = {"ok": True}
-        try:
-            stage["result"] = STAGES[name](device, args.quick)
-        except Exception:  # note it and go on: the device may not be here tomorrow
-            stage.update(ok=False, error=traceback.format_exc())
-        stage["seconds"] = time.perf_counter() - started
+        begun = time.monotonic()
+        left = STAGES[name][1] if args.minutes is None else min(STAGES[name][1], 60 * args.minutes - (begun - started))
+        earlier = {other: stage["results"] for other, stage in report["stages"].items()}
+        if left < 5:
+            found: Result = {"results": {}, "errors": {"stage": "not run: no time was left"}}
+        elif args.same_process:
+            found = run_stage(name, Check(device, args.quick, args.out, earlier))
+        else:
+            found = supervise(name, args, earlier, left)
+        stage = {"ok": not found["errors"], "seconds": time.monotonic() - begun, **found}
         report["stages"][name] = stage
         (args.out / "gpu_check.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
         (args.out / "gpu_check.txt").write_text(table(report))
+        print(f"{name}: {'ok' if stage['ok'] else 'FAILED'} in {stage['seconds']:.1f} s", flush=True)
+    (args.out / STAGE_FILE).unlink(missing_ok=True)
     print(table(report), end="")
     return 0 if all(stage["ok"] for stage in report["stages"].values()) else 1
 

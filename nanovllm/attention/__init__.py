@@ -3,14 +3,18 @@
 import logging
 
 from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.attention.flash_attn import FlashAttention
 from nanovllm.attention.matmul import MatmulAttention
+from nanovllm.attention.triton import TritonAttention
 
 __all__ = ["BACKENDS", "AttentionBackend", "AttentionSpec", "select_backend"]
 
 logger = logging.getLogger(__name__)
 
 # In the order in which "auto" tries them.
-BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (MatmulAttention,)}
+BACKENDS: dict[str, type[AttentionBackend]] = {
+    backend.name: backend for backend in (TritonAttention, FlashAttention, MatmulAttention)
+}
 
 
 def select_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend]:
@@ -21,8 +25,11 @@ def select_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend]:
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend is {name!r}; use auto, {', '.join(BACKENDS)}")
+    names = [name]
+    if name == "auto":  # without a GPU, kernels could only be interpreted, which is to be asked for by name
+        names = list(BACKENDS) if spec.device.type == "cuda" else [MatmulAttention.name]
     reasons = []
-    for candidate in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
+    for candidate in (BACKENDS[one] for one in names):
         reason = candidate.why_not(spec)
         if reason is None:
             logger.debug("attention backend %s for %s", candidate.name, spec)

@@ -7,7 +7,7 @@ cache and attends.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -46,13 +46,48 @@ class AttentionMetadata:
     Args:
         query_lengths: Tokens of each row computed in this step.
         context_lengths: Tokens of each row to attend to, those computed in this step included (they come last).
-        block_tables: [rows, blocks], int64: each row's KV blocks in order; what lies beyond its context is ignored.
+        block_tables: [slots, blocks], int32 or int64: KV blocks in order; what lies beyond a context is ignored.
         slot_mapping: [tokens], int64: where each token's key and value go, ``block * block_size + offset``.
+        slots: [rows], int64: each row's line of ``block_tables``; None if row i has line i.
     """
 
     query_lengths: list[int]
     context_lengths: list[int]
     block_tables: torch.Tensor
+    slot_mapping: torch.Tensor
+    slots: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class DecodeMetadata:
+    """A step of one token a row of which the host knows nothing but the number of rows: what a CUDA graph captures.
+
+    All tensors stay where they are; each replay reads what they hold by then.
+
+    Args:
+        slots: [rows], int32: each row's line of ``block_tables``; -1 for a row that is none.
+        context_lengths: [rows], int32: tokens to attend to, this step's included; 0 for a row that is none.
+        block_tables: [slots, blocks], int32: the KV blocks of all residents.
+        slot_mapping: [rows], int64: where each row's key and value go; -1 for a row that is none.
+    """
+
+    slots: torch.Tensor
+    context_lengths: torch.Tensor
+    block_tables: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class CacheTarget(NamedTuple):
+    """Where a kernel that computes keys and values puts them itself.
+
+    Args:
+        keys: [blocks, kv_heads, block_size, head_dim], a layer's; the last dimension is packed, the others may not be.
+        values: The same.
+        slot_mapping: [tokens], int64: ``block * block_size + offset``; -1 for a token that is none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
     slot_mapping: torch.Tensor
 
 
@@ -75,6 +110,14 @@ class AttentionStep(ABC):
             [tokens, num_heads, head_dim].
         """
 
+    def target(self, layer: int) -> CacheTarget | None:
+        """Where a kernel may write the layer's keys and values before :meth:`attend_cached`; None: use ``attend``."""
+        return None
+
+    def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """:meth:`attend`, once the step's keys and values have been written to :meth:`target`."""
+        raise NotImplementedError(f"{type(self).__name__} writes keys and values itself")
+
 
 class AttentionBackend(ABC):
     """Attention over a paged KV cache.
@@ -85,6 +128,7 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
     default_block_size: ClassVar[int] = 16
+    can_capture: ClassVar[bool] = False  # whether begin_decode is there, and its steps can be captured in CUDA graphs
 
     def __init__(self, spec: AttentionSpec) -> None:
         if spec.block_size is None:
@@ -105,6 +149,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def begin_step(self, metadata: AttentionMetadata) -> AttentionStep:
         """Prepare a step: whatever all layers share is computed here, once."""
+
+    def begin_decode(self, metadata: DecodeMetadata) -> AttentionStep:
+        """Prepare a step of which the host knows only the number of rows: without a copy to or from the host."""
+        raise NotImplementedError(f"{self.name} needs to know the context lengths on the host")
 
     def kv_cache(self) -> Any:
         """The cache tensor, or None before it is allocated. For tests and diagnostics."""

@@ -79,16 +79,17 @@ class MatmulStep(AttentionStep):
         self.spec = backend.spec
         self.prefills: list[_PrefillRow] = []
         self.decodes: list[_DecodeGroup] = []
+        tables = self._tables(metadata)
         decode_rows: list[tuple[int, int, int]] = []  # (context length, row, token)
         token = 0
         for row, (length, context) in enumerate(zip(metadata.query_lengths, metadata.context_lengths, strict=True)):
             if length == 1 and context > 1 and backend.cache is not None:
                 decode_rows.append((context, row, token))
             else:
-                gather = self._gather_index(metadata.block_tables[row : row + 1], context) if context > length else None
+                gather = self._gather_index(tables[row : row + 1], context) if context > length else None
                 self.prefills.append(_PrefillRow(slice(token, token + length), context - length, gather))
             token += length
-        self._group_decodes(decode_rows, metadata)
+        self._group_decodes(decode_rows, tables)
         if backend.cache is not None:
             # [tokens, kv_heads] rows of the cache seen as [blocks * kv_heads * block_size, head_dim]
             slots, heads = metadata.slot_mapping, self._heads()
@@ -192,6 +193,12 @@ class MatmulStep(AttentionStep):
         flat = cache.view(-1, self.backend.block_size * self.spec.head_dim)
         return flat.index_select(0, index).view(pairs, -1, self.spec.head_dim)
 
+    def _tables(self, metadata: AttentionMetadata) -> torch.Tensor:
+        """The rows' block tables, int64 [rows, blocks], as wide as the longest context needs."""
+        width = -(-max(metadata.context_lengths) // self.backend.block_size)
+        tables = metadata.block_tables[:, :width]
+        return (tables if metadata.slots is None else tables[metadata.slots]).long()
+
     def _heads(self) -> torch.Tensor:
         return torch.arange(self.spec.num_kv_heads, device=self.spec.device)
 
@@ -200,7 +207,7 @@ class MatmulStep(AttentionStep):
         blocks = tables[:, : -(-context // self.backend.block_size)]
         return (blocks[:, None, :] * self.spec.num_kv_heads + self._heads()[None, :, None]).flatten()
 
-    def _group_decodes(self, rows: list[tuple[int, int, int]], metadata: AttentionMetadata) -> None:
+    def _group_decodes(self, rows: list[tuple[int, int, int]], all_tables: torch.Tensor) -> None:
         rows.sort(reverse=True)
         device, block_size = self.spec.device, self.backend.block_size
         while rows:
@@ -210,7 +217,7 @@ class MatmulStep(AttentionStep):
             end = min(end, max(1, MAX_GATHERED // (longest * self.spec.num_kv_heads * self.spec.head_dim)))
             members, rows = rows[:end], rows[end:]
             contexts = torch.tensor([context for context, _, _ in members], device=device)
-            tables = metadata.block_tables[torch.tensor([row for _, row, _ in members], device=device)]
+            tables = all_tables[torch.tensor([row for _, row, _ in members], device=device)]
             padded = -(-longest // block_size) * block_size
             beyond = torch.arange(padded, device=device)[None, :] >= contexts[:, None]  # [rows, padded]
             # A released slot's table may name any block: whatever is beyond the context is masked.

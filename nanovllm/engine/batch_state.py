@@ -6,6 +6,7 @@ tables that stay on the device, so that a sampled token never has to travel to t
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from nanovllm.attention.base import AttentionMetadata
@@ -14,6 +15,10 @@ from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers import temperature as schedules
 from nanovllm.layers.sampler import SamplingRows
 from nanovllm.sampling_params import Schedule
+from nanovllm.utils.transfer import to_device
+
+# Columns of ``BatchState.params``: floats by their bits, then integers.
+_TEMPERATURE, _TOP_P, _MIN_P, _TOP_K, _NOISE_KEY, _NUM_COLUMNS = 0, 1, 2, 3, 4, 6
 
 
 @dataclass(slots=True)
@@ -21,20 +26,20 @@ class SampleInput:
     """What is sampled after a step.
 
     Args:
-        hidden_rows: int64 [sampling rows], indices of the tokens whose hidden states give the logits.
         slots: Each sampling row's slot, where its token belongs.
         slot_index: The same, int64 [sampling rows].
         rows: How they are sampled.
         longest: At least the largest position of a token to be sampled.
         logprobs: By sampling row, how many log-probabilities it asks for, if it does.
+        asking: int64, those rows; None if there are none.
     """
 
-    hidden_rows: torch.Tensor
     slots: list[int]
     slot_index: torch.Tensor
     rows: SamplingRows
     longest: int
     logprobs: dict[int, int]
+    asking: torch.Tensor | None
 
 
 @dataclass(slots=True)
@@ -65,7 +70,9 @@ class _BatchParams:
     any_truncated: bool
     any_min_p: bool
     num_candidates: int
+    any_unbounded: bool
     logprobs: dict[int, int]
+    asking: torch.Tensor | None
     scheduled: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # rows, their prompts' lengths, their pieces
 
 
@@ -78,6 +85,7 @@ class StepInput:
         positions: int64 [tokens].
         attention: Rows, contexts and where keys and values go.
         sample: What is sampled after it; None if no row samples.
+        hidden_rows: int64 [sampling rows], the tokens whose hidden states give the logits.
         prompt_logprobs: Rows whose prompt tokens' log-probabilities are wanted.
     """
 
@@ -85,6 +93,7 @@ class StepInput:
     positions: torch.Tensor
     attention: AttentionMetadata
     sample: SampleInput | None
+    hidden_rows: torch.Tensor
     prompt_logprobs: list[PromptLogprobsInput]
 
 
@@ -107,11 +116,11 @@ class BatchState:
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = torch.zeros(num_slots, max_model_len + 1, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
-        self.temperature = torch.zeros(num_slots, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.top_p = torch.ones(num_slots, dtype=torch.float32, device=device)
-        self.min_p = torch.zeros(num_slots, dtype=torch.float32, device=device)
-        self.noise_keys = torch.zeros(num_slots, 2, dtype=torch.int32, device=device)
+        # Tokens whose KV is computed once all steps launched so far are done: the position of the next one.
+        self.num_computed = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.params = torch.zeros(num_slots, _NUM_COLUMNS, dtype=torch.int32, device=device)
+        self._zeros = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._ones = torch.ones(num_slots, dtype=torch.float32, device=device)
         self.entries: dict[int, SlotEntry] = {}  # by slot, on the host; without their tokens and blocks
         self.rules = LogitRules(vocab_size, device)
         self._wanting_prompt_logprobs: set[int] = set()
@@ -128,11 +137,23 @@ class BatchState:
             self.entries.pop(slot, None)
             self.rules.release(slot)
             self._wanting_prompt_logprobs.discard(slot)
-        for entry in plan.entered:
-            self._enter(entry)
-        if plan.appended_blocks:
-            slots, indices, blocks = self._tensor(plan.appended_blocks).unbind(dim=1)
-            self.block_tables[slots, indices] = blocks.to(torch.int32)
+        blocks = [(slot, index, [block]) for slot, index, block in plan.appended_blocks]
+        if plan.entered:
+            for entry in plan.entered:
+                self._enter(entry)
+            blocks += [(entry.slot, 0, entry.block_ids) for entry in plan.entered]
+            self._write(self.token_ids, [(entry.slot, 0, entry.token_ids) for entry in plan.entered])
+            lines = to_device([_params_line(entry) for entry in plan.entered], torch.int32, self.device)
+            self.params[lines[:, 0].long()] = lines[:, 1:]
+        if blocks:
+            self._write(self.block_tables, blocks)
+
+    def _write(self, table: torch.Tensor, pieces: list[tuple[int, int, list[int]]]) -> None:
+        """Write values into lines of a table, from a column on, in one copy: (line, column, values)."""
+        places = [np.arange(len(values)) + (line * table.shape[1] + column) for line, column, values in pieces]
+        written = np.concatenate([*places, *(np.asarray(values) for _, _, values in pieces)])
+        where, values = to_device(written, torch.int64, self.device).view(2, -1)
+        table.view(-1)[where] = values.to(table.dtype)
 
     def step_input(self, plan: StepPlan) -> StepInput:
         """The model's input for the rows of ``plan``, whose changes have been applied."""
@@ -148,18 +169,27 @@ class BatchState:
             positions = starts[row_of_token] + offsets
         contexts = [start + length for start, length in zip(plan.starts, plan.lengths, strict=True)]
         longest = max(contexts)
+        self.num_computed[slots] = (starts + lengths).to(torch.int32)
         blocks = self.block_tables[token_slots, positions // self.block_size].long()
         attention = AttentionMetadata(
             query_lengths=plan.lengths,
             context_lengths=contexts,
-            block_tables=self.block_tables[slots, : -(-longest // self.block_size)].long(),
+            block_tables=self.block_tables,
             slot_mapping=blocks * self.block_size + positions % self.block_size,
+            slots=slots,
         )
+        last_tokens, next_positions = ends - 1, starts + lengths
+        sampling = [row for row, samples in enumerate(plan.samples) if samples]
+        if len(sampling) < len(plan.slots):
+            index = self._tensor(sampling)
+            slots, last_tokens, next_positions = slots[index], last_tokens[index], next_positions[index]
+        sampling_slots = [plan.slots[row] for row in sampling]
         return StepInput(
             token_ids=self.token_ids[token_slots, positions].long(),
             positions=positions,
             attention=attention,
-            sample=self._sample_input(plan, slots, ends - 1, starts + lengths, longest),
+            sample=self.sample_input(sampling_slots, slots, next_positions, longest) if sampling else None,
+            hidden_rows=last_tokens,
             prompt_logprobs=self._prompt_logprobs_input(plan) if self._wanting_prompt_logprobs else [],
         )
 
@@ -169,69 +199,79 @@ class BatchState:
         self.token_ids[sample.slot_index, sample.rows.positions] = tokens.clamp(min=0).to(torch.int32)
         self.rules.record(sample.slots, tokens)
 
+    def sample_input(
+        self, slots: list[int], slot_index: torch.Tensor, positions: torch.Tensor, longest: int
+    ) -> SampleInput:
+        """What sampling needs to know of the sequences in ``slots``.
+
+        Args:
+            slots: A slot a row.
+            slot_index: The same, int64 [rows].
+            positions: int64 [rows], positions of the tokens to be sampled.
+            longest: At least the largest of them.
+        """
+        batch = self._batch[1] if self._batch is not None and self._batch[0] == slots else self._collect(slots)
+        self._batch = (slots, batch)
+        params = self.params[slot_index]
+        floats = params.view(torch.float32)
+        temperature = floats[:, _TEMPERATURE]
+        if batch.scheduled is not None:
+            rows, prompt_lengths, pieces = batch.scheduled
+            temperature[rows] = schedules.evaluate(pieces, positions[rows] - prompt_lengths)
+        return SampleInput(
+            slots=slots,
+            slot_index=slot_index,
+            rows=SamplingRows(
+                temperature=temperature,
+                top_k=params[:, _TOP_K].long(),
+                top_p=floats[:, _TOP_P],
+                min_p=floats[:, _MIN_P],
+                keys=params[:, _NOISE_KEY:],
+                positions=positions,
+                all_greedy=batch.all_greedy,
+                any_greedy=batch.any_greedy,
+                any_truncated=batch.any_truncated,
+                any_min_p=batch.any_min_p,
+                num_candidates=batch.num_candidates,
+                any_unbounded=batch.any_unbounded,
+            ),
+            longest=longest,
+            logprobs=batch.logprobs,
+            asking=batch.asking,
+        )
+
+    def is_plain(self, slots: list[int]) -> bool:
+        """Whether the sequences in ``slots`` ask for nothing but a fixed temperature."""
+        batch = self._batch[1] if self._batch is not None and self._batch[0] == slots else self._collect(slots)
+        self._batch = (slots, batch)
+        special = batch.any_truncated or batch.any_min_p or batch.logprobs or batch.scheduled is not None
+        return not special and not self.rules.concerns(slots)
+
+    def plain_rows(self, slot_index: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
+        """Sampling parameters of rows of which only the temperature counts; the host need not know which rows."""
+        params = self.params[slot_index]
+        floats = params.view(torch.float32)
+        return SamplingRows(
+            temperature=floats[:, _TEMPERATURE],
+            top_k=self._zeros[: len(positions)],
+            top_p=self._ones[: len(positions)],
+            keys=params[:, _NOISE_KEY:],
+            positions=positions,
+            all_greedy=False,
+            any_greedy=True,
+            any_truncated=False,
+        )
+
     def _enter(self, entry: SlotEntry) -> None:
-        slot, params = entry.slot, entry.params
+        slot = entry.slot
         self.rules.release(slot)
         self.rules.enter(entry)
-        self.token_ids[slot, : len(entry.token_ids)] = self._tensor(entry.token_ids, torch.int32)
-        self.block_tables[slot, : len(entry.block_ids)] = self._tensor(entry.block_ids, torch.int32)
-        if not isinstance(params.temperature, Schedule):  # those are evaluated at each step
-            lowest = schedules.MIN_TEMPERATURE if params.temperature > 0 else 0.0  # float32 must not make it 0
-            self.temperature[slot] = min(max(params.temperature, lowest), schedules.MAX_TEMPERATURE)
-        self.top_k[slot] = min(max(params.top_k, 0), 2**31)
-        self.top_p[slot] = params.top_p
-        self.min_p[slot] = params.min_p
-        words = [entry.noise_key & 0xFFFFFFFF, entry.noise_key >> 32]
-        self.noise_keys[slot] = self._tensor([word - (1 << 32) if word >> 31 else word for word in words], torch.int32)
         self.entries[slot] = replace(entry, token_ids=[], block_ids=[])
         self._batch = None
         if entry.first_logprob is None:
             self._wanting_prompt_logprobs.discard(slot)
         else:
             self._wanting_prompt_logprobs.add(slot)
-
-    def _sample_input(
-        self,
-        plan: StepPlan,
-        slots: torch.Tensor,
-        last_tokens: torch.Tensor,
-        next_positions: torch.Tensor,
-        longest: int,
-    ) -> SampleInput | None:
-        """What the rows of ``plan`` that sample need; the tensors have an element a row of the plan."""
-        sampling = [row for row, samples in enumerate(plan.samples) if samples]
-        if not sampling:
-            return None
-        if len(sampling) < len(plan.slots):
-            index = self._tensor(sampling)
-            slots, last_tokens, next_positions = slots[index], last_tokens[index], next_positions[index]
-        row_slots = [plan.slots[row] for row in sampling]
-        batch = self._batch[1] if self._batch is not None and self._batch[0] == row_slots else self._collect(row_slots)
-        self._batch = (row_slots, batch)
-        temperature = self.temperature[slots]
-        if batch.scheduled is not None:
-            rows, prompt_lengths, pieces = batch.scheduled
-            temperature[rows] = schedules.evaluate(pieces, next_positions[rows] - prompt_lengths)
-        return SampleInput(
-            hidden_rows=last_tokens,
-            slots=row_slots,
-            slot_index=slots,
-            rows=SamplingRows(
-                temperature=temperature,
-                top_k=self.top_k[slots],
-                top_p=self.top_p[slots],
-                min_p=self.min_p[slots],
-                keys=self.noise_keys[slots],
-                positions=next_positions,
-                all_greedy=batch.all_greedy,
-                any_greedy=batch.any_greedy,
-                any_truncated=batch.any_truncated,
-                any_min_p=batch.any_min_p,
-                num_candidates=batch.num_candidates,
-            ),
-            longest=longest,
-            logprobs=batch.logprobs,
-        )
 
     def _collect(self, slots: list[int]) -> _BatchParams:
         """What the parameters of these slots' sequences have in common."""
@@ -241,18 +281,21 @@ class BatchState:
             for row, entry in enumerate(entries)
             if isinstance(entry.params.temperature, Schedule)
         ]
+        asking = [row for row, entry in enumerate(entries) if entry.params.logprobs is not None]
         greedy = [entry.params.temperature == 0 for entry in entries]
         sampled = [entry.params for entry, is_greedy in zip(entries, greedy, strict=True) if not is_greedy]
-        truncated = [p for p in sampled if p.top_k > 0 or p.top_p < 1]
+        vocab_size = self.rules.vocab_size  # a top_k of that many is none
+        top_ks = [p.top_k for p in sampled if 0 < p.top_k < vocab_size]
+        unbounded = [p for p in sampled if p.top_p < 1 and not 0 < p.top_k < vocab_size]
         return _BatchParams(
             all_greedy=all(greedy),
             any_greedy=any(greedy) or bool(scheduled),  # a schedule may reach 0
-            any_truncated=bool(truncated),
+            any_truncated=bool(top_ks or unbounded),
             any_min_p=any(p.min_p > 0 for p in sampled),
-            num_candidates=max((p.top_k for p in truncated), default=0) if all(p.top_k > 0 for p in truncated) else 0,
-            logprobs={
-                row: entry.params.logprobs for row, entry in enumerate(entries) if entry.params.logprobs is not None
-            },
+            num_candidates=max(top_ks, default=0),
+            any_unbounded=bool(unbounded),
+            logprobs={row: entries[row].params.logprobs or 0 for row in asking},
+            asking=self._tensor(asking) if asking else None,
             scheduled=self._pack_schedules(scheduled) if scheduled else None,
         )
 
@@ -282,4 +325,19 @@ class BatchState:
         return found
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return to_device(values, dtype, self.device)
+
+
+def _params_line(entry: SlotEntry) -> np.ndarray:
+    """A slot, and its line of ``BatchState.params``."""
+    params = entry.params
+    line = np.zeros(1 + _NUM_COLUMNS, dtype=np.int32)
+    line[0], columns = entry.slot, line[1:]
+    floats = columns.view(np.float32)
+    if not isinstance(params.temperature, Schedule):  # those are evaluated at each step
+        lowest = schedules.MIN_TEMPERATURE if params.temperature > 0 else 0.0  # float32 must not make it 0
+        floats[_TEMPERATURE] = min(max(params.temperature, lowest), schedules.MAX_TEMPERATURE)
+    floats[_TOP_P], floats[_MIN_P] = params.top_p, params.min_p
+    columns[_TOP_K] = min(max(params.top_k, 0), 2**31 - 1)
+    columns.view(np.uint32)[_NOISE_KEY:] = entry.noise_key & 0xFFFFFFFF, entry.noise_key >> 32
+    return line

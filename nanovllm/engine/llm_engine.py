@@ -3,8 +3,10 @@
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
@@ -16,8 +18,10 @@ from nanovllm.engine.metrics import Counters, percentiles
 from nanovllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
 from nanovllm.engine.prompts import Prompt
 from nanovllm.engine.request import LostRequest, Owner, PreparedRequest, Request
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import AdmissionPolicy, Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_handle import DeviceMemoryError, StepHandle
+from nanovllm.engine.step_plan import StepPlan
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.models.registry import get_model_class
 from nanovllm.outputs import RequestOutput
@@ -70,11 +74,15 @@ class LLMEngine:
         block_manager = BlockManager(
             self.runner.num_kvcache_blocks, self.runner.block_size, config.enable_prefix_caching
         )
-        self.scheduler = Scheduler(block_manager, self.runner.num_slots, self.runner.max_step_tokens)
+        # A step that is replayed costs the host next to nothing, one with a prompt in it as much as launching it does.
+        policy = AdmissionPolicy(max(1, self.runner.num_slots // 16)) if self.runner.graphs else AdmissionPolicy()
+        self.scheduler = Scheduler(block_manager, self.runner.num_slots, self.runner.max_step_tokens, policy)
         self.intake = Intake(self.model_config, self.tokenizer, default_params, self.max_model_len, self.scheduler)
         self.counters = Counters()
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # finished, of requests without an owner
+        self._in_flight: deque[_Step] = deque()  # launched, what they give not yet taken in; oldest first
+        self._landed = 0.0  # when the last one was
         self._num_requests = 0
         self._num_sequences = 0
         self._lock = threading.RLock()
@@ -195,23 +203,48 @@ class LLMEngine:
         with self._change():
             if owner is not None and owner.inbox:
                 return
-            started = time.perf_counter()
-            plan = self.scheduler.schedule()
-            if plan is not None:
-                logger.debug("step: %s", plan)
-                result = self.runner.execute(plan).result()
-                advanced = self.scheduler.update(plan, result)
-                now = time.perf_counter()
-                self.counters.count_step(plan, now - started)
-                for seq in advanced:
-                    self._follow(seq, now)
-                for seq in advanced:
-                    self._report(seq)
+            launched = self._launch()
+            if self._in_flight and (not launched or len(self._in_flight) > self.runner.overlap_depth):
+                self._land()
             if self._aborting:
                 aborting, self._aborting = self._aborting, []
                 self._abort(aborting, deferred=True)
         if self._queue:  # a lock is not fair: who asks again at once would have it again
             time.sleep(TURN_SECONDS)
+
+    def _launch(self) -> bool:
+        """Plan the next step and hand it to the device; returns whether there was any."""
+        while (plan := self.scheduler.schedule()) is not None:
+            logger.debug("step: %s", plan)
+            started = time.perf_counter()
+            try:
+                handle = self.runner.execute(plan)
+            except DeviceMemoryError as error:
+                self.scheduler.take_back(plan)
+                if not self.scheduler.back_off():
+                    raise
+                logger.warning(
+                    "%s; going on with steps of at most %d tokens of %d sequences",
+                    error,
+                    self.scheduler.max_num_batched_tokens,
+                    self.scheduler.max_num_running,
+                )
+                continue
+            self._in_flight.append(_Step(plan, handle, started))
+            return True
+        return False
+
+    def _land(self) -> None:
+        """Take in what the oldest step in flight gives."""
+        step = self._in_flight.popleft()
+        advanced = self.scheduler.update(step.plan, step.handle.result())
+        now = time.perf_counter()
+        self.counters.count_step(step.plan, len(advanced), now - max(step.started, self._landed))
+        self._landed = now
+        for seq in advanced:
+            self._follow(seq, now)
+        for seq in advanced:
+            self._report(seq)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, with finish reason "abort".
@@ -278,6 +311,9 @@ class LLMEngine:
             "num_kvcache_blocks": manager.num_blocks,
             "kvcache_block_size": manager.block_size,
             "kvcache_bytes": runner.kvcache_bytes(),
+            "num_graphs": len(runner.graphs.sizes) if runner.graphs else 0,
+            "graph_bytes": runner.graph_bytes,
+            "graph_capture_seconds": runner.graphs.capture_seconds if runner.graphs else 0.0,
             "kvcache_blocks_used": manager.num_used_blocks,
             "peak_kvcache_blocks_used": manager.peak_num_used_blocks,
             "waiting_requests": len({seq.request_id for seq in self.scheduler.waiting}),
@@ -312,6 +348,7 @@ class LLMEngine:
     def _recover(self, cause: BaseException) -> None:
         """Drop all requests, and tell their owners why."""
         self._broken = cause
+        self._in_flight.clear()  # the device runs them to their end, before whatever is launched next
         self.scheduler.reset()
         self._aborting.clear()
         for request in self._requests.values():
@@ -398,6 +435,9 @@ class LLMEngine:
         output = request.output()
         del self._requests[request.request_id]
         self.counters.count_request(request.sequences)
+        if not self._requests:  # stops are seen late: what is still in flight is for nobody
+            self._in_flight.clear()
+            self.scheduler.forget_surplus()
         return output
 
     def _abort(self, request_ids: Iterable[str], deferred: bool = False) -> list[RequestOutput]:
@@ -422,6 +462,15 @@ class LLMEngine:
             elif deferred:
                 self._ready.append(output)
         return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was launched."""
+
+    plan: StepPlan
+    handle: StepHandle
+    started: float
 
 
 class _Guard:

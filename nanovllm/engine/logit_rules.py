@@ -13,6 +13,7 @@ import torch
 
 from nanovllm.engine.step_plan import SlotEntry
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.transfer import to_device
 
 _ALWAYS = 2**31 - 1
 # Repetition penalties beyond these decide by themselves, and float32 would hold them as 0 or inf: 0 * inf is NaN.
@@ -84,6 +85,10 @@ class LogitRules:
             if rules.count_row >= 0:
                 self._free_count_rows.append(rules.count_row)
 
+    def concerns(self, slots: Sequence[int]) -> bool:
+        """Whether any of the slots' sequences has rules."""
+        return bool(self._slots) and any(slot in self._slots for slot in slots)
+
     def apply(
         self,
         logits: torch.Tensor,
@@ -106,7 +111,7 @@ class LogitRules:
         Returns:
             By row, what went wrong in a logits processor; such a row's logits are NaN.
         """
-        if not self._slots or not any(slot in self._slots for slot in slots):
+        if not self.concerns(slots):
             return {}
         batch = self._batch[1] if self._batch is not None and self._batch[0] == slots else self._collect(slots)
         self._batch = (slots, batch)
@@ -194,7 +199,7 @@ class LogitRules:
         batch = _BatchRules([(row, r) for row, r in rules if r.processors], None, None, None, None)
         if allowed:
             row, token = self._tensor(allowed).unbind(dim=1)
-            batch.allowed = (row.unique(), row, token)
+            batch.allowed = (self._tensor(sorted({row for row, _ in allowed})), row, token)
         if biases:
             rows, tokens, values, until = map(list, zip(*biases, strict=True))
             batch.biases = (
@@ -227,7 +232,7 @@ class LogitRules:
         return batch
 
     def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return to_device(values, dtype, self.device)
 
 
 def has_penalties(params: SamplingParams) -> bool:

@@ -25,9 +25,8 @@ class Counters:
     first_token_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_REQUESTS))
     output_token_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_REQUESTS))
 
-    def count_step(self, plan: StepPlan, seconds: float) -> None:
-        """Note a step that took so long."""
-        sampled = sum(plan.samples)
+    def count_step(self, plan: StepPlan, sampled: int, seconds: float) -> None:
+        """Note a step that took so long, and gave so many tokens that were wanted."""
         self.output_tokens += sampled
         self.prefill_tokens += plan.num_prefill_tokens
         if plan.num_prefill_tokens:

@@ -2,23 +2,28 @@
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from nanovllm import kernels
 from nanovllm.attention import AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput
-from nanovllm.engine.step_handle import DeviceLogprobs, StepHandle
-from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput, SampleInput
+from nanovllm.engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs, batch_sizes
+from nanovllm.engine.step_handle import DeviceLogprobs, DeviceMemoryError, StepHandle
+from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import pack_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.sampler import Sampler, SamplingRows
 from nanovllm.models.registry import get_model_class
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
-from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, kv_budget
+from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, kv_budget, memory_summary
 from nanovllm.utils.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,9 @@ logger = logging.getLogger(__name__)
 # Qwen3-0.6B in bfloat16 took 7.3 s in steps of 512 and 8.6 s in one (2 Zen 4 cores).
 CPU_STEP_TOKENS = 512
 
+# What captured steps take besides their static buffers: activations of the largest, and what the driver keeps of each.
+GRAPH_BYTES = 128 << 20
+BYTES_PER_GRAPH = 4 << 20
 
 # Rows of logits that exist at a time for the log-probabilities of prompt tokens: 37 MiB at a vocabulary of 151,936.
 PROMPT_LOGIT_ROWS = 64
@@ -50,9 +58,25 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, model_config)
+        # A stream of our own: steps run in order whichever thread launches them, in whatever context of the caller's.
+        self._stream = _take_stream(self.device) if self.device.type == "cuda" else None
+        self.graphs: DecodeGraphs | None = None
+        self.graph_bytes = 0
+        with self._on_device():
+            self._load()
+            self._allocate()
+            if self.device.type == "cuda":
+                self.warm_up()
+            if self._wants_graphs():
+                self.capture_graphs(CudaCapture())
+        # Steps in flight before the results of the first are taken in. The CPU would gain nothing: it is the device.
+        self.overlap_depth = 1 if self.device.type == "cuda" and kernels.is_enabled("overlap") else 0
+
+    def _load(self) -> None:
+        """Choose the attention backend, and load the model."""
+        config, model_config = self.config, self.model_config
         parallel = ParallelGroup()
         model_class = get_model_class(model_config.architecture)
-
         spec = AttentionSpec(
             num_layers=model_config.num_hidden_layers,
             num_heads=model_config.num_attention_heads // parallel.size,
@@ -69,52 +93,140 @@ class ModelRunner:
         self.num_slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
         self._check_tables()
         started = time.perf_counter()
-        self.model = model_class(model_config, max_model_len, parallel, self.dtype, self.device)
-        load_weights(self.model, model_config.path, self.model.resolve_weight)
+        try:
+            self.model = model_class(model_config, self.max_model_len, parallel, self.dtype, self.device)
+            load_weights(self.model, model_config.path, self.model.resolve_weight)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the weights of {model_config.path} in {self.dtype} do not fit {self.device}: "
+                f"{memory_summary(self.device)} (end other processes on the device, choose a smaller dtype or another device)"
+            ) from error
         self.model.eval()
         pack_weights(self.model)
         self.sampler = Sampler(model_config.vocab_size, self.device)
         logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
-        self.num_kvcache_blocks = self._size_kv_cache(spec)
-        self.attention.allocate_cache(self.num_kvcache_blocks)
-        budget = config.max_num_batched_tokens
+
+    def _allocate(self) -> None:
+        """Size and allocate the KV cache, and the batch state."""
+        budget = self.config.max_num_batched_tokens
         self.max_step_tokens = min(budget, CPU_STEP_TOKENS) if self.device.type == "cpu" else budget
+        self.num_kvcache_blocks = self._size_kv_cache(self.attention.spec)
+        self.attention.allocate_cache(self.num_kvcache_blocks)
         self.num_slots = min(self.num_slots, self.num_kvcache_blocks)
         self.batch_state = BatchState(
-            self.num_slots, max_model_len, self.block_size, model_config.vocab_size, self.device
+            self.num_slots, self.max_model_len, self.block_size, self.model_config.vocab_size, self.device
+        )
+
+    def warm_up(self) -> None:
+        """Run a prompt and a token after it in each way of sampling: kernels are compiled at their first use."""
+        length = min(17, self.num_kvcache_blocks * self.block_size, self.max_model_len) - 2
+        if length < 1:
+            return
+        blocks = list(range(-(-(length + 1) // self.block_size)))
+        for params in (SamplingParams(), SamplingParams(top_k=20, top_p=0.95), SamplingParams(top_p=0.5, min_p=0.01)):
+            entry = SlotEntry(0, [0] * length, blocks, params, noise_key=0, num_prompt_tokens=length)
+            prompt = StepPlan([], [entry], [], [0], [0], [length], [True], num_prefill_tokens=length)
+            token = StepPlan([], [], [], [0], [length], [1], [True])
+            for plan in (prompt, token):
+                self.execute(plan).result()
+            self.batch_state.apply(StepPlan(released=[0]))
+
+    def _wants_graphs(self) -> bool:
+        return (
+            self.device.type == "cuda"
+            and self.attention.can_capture
+            and not self.config.enforce_eager
+            and kernels.is_enabled("graphs")
         )
 
     @torch.inference_mode()
+    def capture_graphs(self, capture: Capture) -> None:
+        """Capture decode steps; should that fail, they are launched operation by operation as before."""
+        before = free_memory(self.device)
+        try:
+            self.graphs = DecodeGraphs(
+                self.model, self.attention, self.sampler, self.batch_state, self.num_slots, self.dtype, capture
+            )
+        except Exception as error:  # whatever the driver objects to, the engine works without
+            self.graphs = None
+            logger.warning(
+                "decode steps could not be captured in CUDA graphs and run slower without (enforce_eager=True does not "
+                "try): %s: %s",
+                type(error).__name__,
+                error,
+            )
+            return
+        self.graph_bytes = max(0, before - free_memory(self.device))
+        logger.info(
+            "captured decode steps of %d sizes up to %d rows in %.2f s and %.0f MiB",
+            len(self.graphs.sizes),
+            self.num_slots,
+            self.graphs.capture_seconds,
+            self.graph_bytes / 2**20,
+        )
+
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Apply a plan's changes, run its rows, and sample. Returns without waiting for the device."""
-        with torch.autocast(self.device.type, enabled=False):  # the caller's autocast is not for us
-            return self._execute(plan)
+        """Apply a plan's changes, run its rows, and sample. Returns without waiting for the device.
+
+        Raises:
+            DeviceMemoryError: The step does not fit the device's memory. The plan can be taken back.
+        """
+        try:
+            # the caller's autocast is not for us
+            with torch.inference_mode(), self._on_device(), torch.autocast(self.device.type, enabled=False):
+                return self._execute(plan)
+        except torch.OutOfMemoryError as error:
+            message = (
+                f"a step of {plan.num_tokens} tokens of {len(plan.slots)} sequences does not fit the memory of "
+                f"{self.device}: {memory_summary(self.device)} (lower gpu_memory_utilization, "
+                "max_num_batched_tokens or max_num_seqs, or end other processes on the device)"
+            )
+            raise DeviceMemoryError(message) from error
 
     def _execute(self, plan: StepPlan) -> StepHandle:
-        self.batch_state.apply(plan)
-        step = self.batch_state.step_input(plan)
+        state = self.batch_state
+        state.apply(plan)
+        if self.graphs is not None and plan.is_decode:
+            return self._replay(self.graphs, plan)
+        step = state.step_input(plan)
         hidden = self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
         prompt_logprobs = {row.row: self._prompt_logprobs(hidden, row) for row in step.prompt_logprobs}
-        sample = step.sample
-        if sample is None:
+        if step.sample is None:
             return StepHandle(None, prompt_logprobs=prompt_logprobs)
-        logits = self.model.compute_logits(hidden.index_select(0, sample.hidden_rows))  # of no other rows
-        asking = list(sample.logprobs)
-        raw = logits[asking] if asking else None  # a copy: what follows changes the logits
-        errors = self.batch_state.rules.apply(
-            logits,
-            sample.slots,
-            sample.slot_index,
-            sample.rows.positions,
-            sample.longest,
-            self.batch_state.token_ids,
+        logits = self.model.compute_logits(hidden.index_select(0, step.hidden_rows))  # of no other rows
+        return self._sample(logits, step.sample, prompt_logprobs)
+
+    def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> StepHandle:
+        """A decode step in one piece. Rows that ask for more than a temperature are then sampled again."""
+        state = self.batch_state
+        tokens, logits = graphs.replay(plan.slots)
+        if state.is_plain(plan.slots):
+            return StepHandle(tokens)
+        slot_index = graphs.slots[: len(plan.slots)].long()
+        positions = state.num_computed[slot_index].long()  # by now, those of the sampled tokens
+        sample = state.sample_input(plan.slots, slot_index, positions, max(plan.starts) + 1)
+        return self._sample(logits.float(), sample, {})
+
+    def _sample(
+        self, logits: torch.Tensor, sample: SampleInput, prompt_logprobs: dict[int, tuple[int, list[DeviceLogprobs]]]
+    ) -> StepHandle:
+        """Draw tokens from float32 logits [sampling rows, vocab_size], which are changed."""
+        state, asking = self.batch_state, sample.asking
+        raw = None if asking is None else logits[asking]  # a copy: what follows changes the logits
+        errors = state.rules.apply(
+            logits, sample.slots, sample.slot_index, sample.rows.positions, sample.longest, state.token_ids
         )
         tokens = self.sampler(logits, sample.rows)
-        self.batch_state.append(sample, tokens)
+        state.append(sample, tokens)
         logprobs = None
         if raw is not None:
-            logprobs = asking, DeviceLogprobs.compute(raw, tokens[asking], list(sample.logprobs.values()))
+            computed = DeviceLogprobs.compute(raw, tokens[asking], list(sample.logprobs.values()))
+            logprobs = list(sample.logprobs), computed
         return StepHandle(tokens, errors, logprobs, prompt_logprobs)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Everything this runner has a CUDA device do happens within, construction included."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, row: PromptLogprobsInput) -> tuple[int, list[DeviceLogprobs]]:
         """Log-probabilities of a row's prompt tokens, a few at a time."""
@@ -127,17 +239,28 @@ class ModelRunner:
 
     def close(self) -> None:
         """Free the model, the KV cache and the batch state. Nothing can be run afterwards."""
+        if self._stream is not None:
+            with suppress(RuntimeError):  # a device that has failed cannot be waited for
+                self._stream.synchronize()
+        self.graphs = None
         del self.model, self.attention, self.batch_state, self.sampler
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._stream is not None:
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
+            _idle_streams.setdefault(self.device, []).append(self._stream)
+            self._stream = None
 
     def kvcache_bytes(self) -> int:
         """Size of the KV cache."""
         return self.num_kvcache_blocks * self.block_size * self.attention.spec.bytes_per_token()
 
     def _table_bytes(self) -> int:
-        """Bytes of the batch state, which is allocated after the KV cache."""
-        return BatchState.num_bytes(self.num_slots, self.max_model_len, self.block_size)
+        """Bytes of what is allocated after the KV cache: the batch state, and what captured steps need."""
+        tables = BatchState.num_bytes(self.num_slots, self.max_model_len, self.block_size)
+        if not self._wants_graphs():
+            return tables
+        buffers = DecodeGraphs.num_bytes(self.num_slots, self.model_config.vocab_size, self.dtype)
+        return tables + buffers + GRAPH_BYTES + BYTES_PER_GRAPH * len(batch_sizes(self.num_slots))
 
     def _check_tables(self) -> None:
         """Refuse lengths whose tables alone do not fit, before anything large is allocated."""
@@ -211,7 +334,19 @@ def worst_case_sampling(logits: torch.Tensor) -> SamplingRows:
         all_greedy=False,
         any_greedy=False,
         any_truncated=True,
+        any_unbounded=True,
     )
+
+
+# Streams of engines that were closed, for the next ones: cuBLAS keeps a workspace of some MiB for each it was used on.
+_idle_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    try:
+        return _idle_streams[device].pop()
+    except (KeyError, IndexError):
+        return torch.cuda.Stream(device)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ always advances, and nobody starves.
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
@@ -17,6 +17,26 @@ from nanovllm.engine.step_plan import SlotEntry, StepPlan, StepResult
 # A sequence is admitted while every resident can still grow by this many tokens: without the reserve, one would be
 # admitted into the last free blocks only to be preempted a step later.
 HEADROOM_TOKENS = 16
+# Steps that were too large for the device's memory are halved down to this many tokens.
+MIN_STEP_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionPolicy:
+    """When waiting sequences join those that run.
+
+    Where a step that only decodes is much cheaper than one with a prompt in it (a captured graph), it pays to let a
+    few slots fall vacant and fill them together.
+
+    Args:
+        vacancies: Free slots to gather first, if as many sequences wait.
+        patience: Steps to gather them for at most.
+        mixed: Whether a step may hold prompts and decoding sequences; else prompts go first, by themselves.
+    """
+
+    vacancies: int = 1
+    patience: int = 32
+    mixed: bool = True
 
 
 @dataclass(slots=True)
@@ -38,18 +58,29 @@ class Scheduler:
         block_manager: Owner of the KV blocks.
         max_num_seqs: Most resident sequences, and the number of slots.
         max_num_batched_tokens: Token budget of a step.
+        policy: When waiting sequences join.
     """
 
-    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: AdmissionPolicy | None = None,
+    ) -> None:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_running = max_num_seqs  # lower than the number of slots once a step was too large for the device
+        self.policy = policy or AdmissionPolicy()
         self.waiting: deque[Sequence] = deque()  # by arrival; all are younger than any in ``running``
         self.running: list[Sequence] = []  # by arrival
         self.num_preemptions = 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
         self._released: list[int] = []  # slots to name in the next plan
+        self._admitting = False  # since enough slots fell vacant, until all are taken or nobody waits
+        self._num_steps_gathering = 0
         # The head of the queue that did not fit, and how many blocks it could share: it is not asked again before
         # somebody gives blocks back, or publishes the next one that it could share.
         self._refused: tuple[Sequence, int] | None = None
@@ -78,23 +109,39 @@ class Scheduler:
         rows: list[Sequence] = []
         budget = self.max_num_batched_tokens
         num_preempted = self.num_preemptions
-        index = 0
-        while index < len(self.running) and budget > 0:
-            seq = self.running[index]
-            length = min(seq.num_tokens_to_compute, budget)
-            if length > 0:
-                if not self._grow(seq, seq.num_computed_tokens + length, plan):
-                    break  # it preempted itself: it was the youngest, so nobody comes after it
-                self._add_row(plan, rows, seq, length)
-                budget -= length
-            index += 1
-        if self.num_preemptions == num_preempted:
+        if self.policy.mixed:
+            budget = self._continue(plan, rows, budget)
+        else:
+            budget = self._continue(plan, rows, budget, _is_prefilling)
+        if self.num_preemptions == num_preempted and self._may_admit():
             self._admit(plan, rows, budget)
+        if not rows and not self.policy.mixed:
+            self._continue(plan, rows, budget)
         if not rows:
             return None
         plan.released, self._released = self._released, []
         self._in_flight.append(_InFlight(plan, rows, [seq.metrics.num_preemptions for seq in rows]))
         return plan
+
+    def _continue(
+        self,
+        plan: StepPlan,
+        rows: list[Sequence],
+        budget: int,
+        chosen: Callable[[Sequence], bool] | None = None,
+    ) -> int:
+        """Schedule the residents, the oldest first, or those ``chosen``; returns what is left of the budget."""
+        index = 0
+        while index < len(self.running) and budget > 0:
+            seq = self.running[index]
+            length = min(seq.num_tokens_to_compute, budget)
+            if length > 0 and (chosen is None or chosen(seq)):
+                if not self._grow(seq, seq.num_computed_tokens + length, plan):
+                    break  # it preempted itself: it was the youngest, so nobody comes after it
+                self._add_row(plan, rows, seq, length, _is_prefilling(seq))
+                budget -= length
+            index += 1
+        return budget
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Take in what the oldest plan in flight gave.
@@ -173,6 +220,34 @@ class Scheduler:
                 self.finish(seq, reason)
         self.waiting = deque(seq for seq in self.waiting if not seq.finished)
 
+    def take_back(self, plan: StepPlan) -> None:
+        """Forget the newest plan, which was never run, and preempt every resident: the device starts afresh."""
+        batch = self._in_flight.pop()
+        if batch.plan is not plan:
+            raise RuntimeError("only the newest plan can be taken back")
+        for seq, samples in zip(batch.sequences, plan.samples, strict=True):
+            if not seq.finished:
+                seq.num_in_flight -= samples
+        while self.running:
+            self._preempt(self.running[-1])
+        entered = {entry.slot for entry in plan.entered}  # as far as the device knows, these never were
+        self._released = [*plan.released, *(slot for slot in self._released if slot not in entered)]
+
+    def back_off(self) -> bool:
+        """Plan smaller steps from now on; returns False if they cannot become smaller."""
+        smallest = min(MIN_STEP_TOKENS, self.max_num_batched_tokens)
+        if self.max_num_batched_tokens == smallest and self.max_num_running == 1:
+            return False
+        self.max_num_batched_tokens = max(smallest, self.max_num_batched_tokens // 2)
+        self.max_num_running = max(1, min(self.max_num_running, len(self.waiting) + len(self.running)) // 2)
+        return True
+
+    def forget_surplus(self) -> None:
+        """Forget the plans in flight, none of whose sequences is still wanted."""
+        if any(not seq.finished for batch in self._in_flight for seq in batch.sequences):
+            raise RuntimeError("a step in flight computes a sequence that has not ended")
+        self._in_flight.clear()
+
     def reset(self) -> None:
         """Drop every sequence and every plan in flight; the prefix cache stays. Safe after an interrupt anywhere."""
         for seq in [*self.waiting, *self.running]:
@@ -185,6 +260,7 @@ class Scheduler:
         self._released.clear()
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
         self._refused = None
+        self._admitting = False
         self.block_manager.release_everything()
 
     def check_integrity(self) -> None:
@@ -205,11 +281,25 @@ class Scheduler:
             if len(seq.block_table) < self.block_manager.blocks_needed(seq.num_computed_tokens):
                 raise RuntimeError(f"{seq.request_id} has computed tokens without a block")
 
+    def _may_admit(self) -> bool:
+        """Whether it is time for waiting sequences to join."""
+        vacancies = self._num_vacancies()
+        if not self.waiting or vacancies <= 0:
+            self._admitting, self._num_steps_gathering = False, 0
+        elif not self._admitting:
+            self._num_steps_gathering += 1
+            enough = not self.running or vacancies >= min(self.policy.vacancies, len(self.waiting))
+            self._admitting = enough or self._num_steps_gathering > self.policy.patience
+        return self._admitting
+
+    def _num_vacancies(self) -> int:
+        return self.max_num_running - len(self.running)
+
     def _admit(self, plan: StepPlan, rows: list[Sequence], budget: int) -> None:
         """Make waiting sequences resident, in order, while slots, blocks and budget last."""
         manager = self.block_manager
         headroom: int | None = None  # summed up only if somebody is asked: a head that waits costs nothing
-        while self.waiting and budget > 0 and self._free_slots and not self._must_wait(self.waiting[0]):
+        while self.waiting and budget > 0 and self._num_vacancies() > 0 and not self._must_wait(self.waiting[0]):
             seq = self.waiting[0]
             if headroom is None:
                 headroom = sum(self._headroom(resident) for resident in self.running)
@@ -244,7 +334,7 @@ class Scheduler:
             )
             headroom += self._headroom(seq)
             length = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            self._add_row(plan, rows, seq, length)
+            self._add_row(plan, rows, seq, length, is_prefill=True)
             budget -= length
 
     def _must_wait(self, seq: Sequence) -> bool:
@@ -280,14 +370,14 @@ class Scheduler:
     def _final_length(self, seq: Sequence) -> int:
         return seq.num_prompt_tokens + seq.max_output_tokens - 1  # the last token's KV is never needed
 
-    def _add_row(self, plan: StepPlan, rows: list[Sequence], seq: Sequence, length: int) -> None:
+    def _add_row(self, plan: StepPlan, rows: list[Sequence], seq: Sequence, length: int, is_prefill: bool) -> None:
         """Schedule the next ``length`` tokens of a resident sequence."""
         samples = length == seq.num_tokens_to_compute
         plan.slots.append(seq.slot)
         plan.starts.append(seq.num_computed_tokens)
         plan.lengths.append(length)
         plan.samples.append(samples)
-        if not samples or length > 1 or seq.num_computed_tokens < seq.num_prompt_tokens:
+        if is_prefill:
             plan.num_prefill_tokens += length
         rows.append(seq)
         seq.num_computed_tokens += length
@@ -326,3 +416,8 @@ class Scheduler:
         self._free_slots.append(seq.slot)
         self._released.append(seq.slot)
         seq.slot = -1
+
+
+def _is_prefilling(seq: Sequence) -> bool:
+    """Whether a resident has more to compute than the last token it sampled."""
+    return seq.num_tokens_to_compute > 1 or seq.num_computed_tokens < seq.num_prompt_tokens

@@ -6,6 +6,7 @@ import torch
 
 from nanovllm.engine.step_plan import StepResult, TokenLogprobs
 from nanovllm.layers.logprobs import normalize, token_logprobs, top_logprobs
+from nanovllm.utils.transfer import HostCopy
 
 NO_TOKEN = (
     "the logits are not finite, or no token is allowed: the weights or the dtype overflow (try dtype='float32'), or "
@@ -13,15 +14,19 @@ NO_TOKEN = (
 )
 
 
+class DeviceMemoryError(MemoryError):
+    """A step did not fit the device's memory. Nothing of it was run that cannot be run again."""
+
+
 @dataclass(slots=True)
 class DeviceLogprobs:
-    """Log-probabilities of some rows of logits, on the device: of given tokens, and the most likely ones."""
+    """Log-probabilities of some rows of logits, on their way to the host: of given tokens, and the most likely ones."""
 
-    tokens: torch.Tensor  # int64 [rows]
-    logprobs: torch.Tensor  # float32 [rows]
-    ranks: torch.Tensor  # int64 [rows]
-    top_ids: torch.Tensor  # int64 [rows, most asked for]
-    top_logprobs: torch.Tensor  # float32, the same
+    tokens: HostCopy  # int64 [rows]
+    logprobs: HostCopy  # float32 [rows]
+    ranks: HostCopy  # int64 [rows]
+    top_ids: HostCopy  # int64 [rows, most asked for]
+    top_logprobs: HostCopy  # float32, the same
     numbers: list[int]  # by row, how many of those it asked for; -1 for all
 
     @classmethod
@@ -31,15 +36,15 @@ class DeviceLogprobs:
         normalizer = normalize(logits)
         values, ids = top_logprobs(logits, most, normalizer)
         chosen, ranks = token_logprobs(logits, tokens, normalizer)
-        return cls(tokens, chosen, ranks, ids, values, numbers)
+        return cls(HostCopy(tokens), HostCopy(chosen), HostCopy(ranks), HostCopy(ids), HostCopy(values), numbers)
 
     def to_host(self) -> list[TokenLogprobs]:
         rows = zip(
-            self.tokens.tolist(),
-            self.logprobs.tolist(),
-            self.ranks.tolist(),
-            self.top_ids.tolist(),
-            self.top_logprobs.tolist(),
+            self.tokens.wait().tolist(),
+            self.logprobs.wait().tolist(),
+            self.ranks.wait().tolist(),
+            self.top_ids.wait().tolist(),
+            self.top_logprobs.wait().tolist(),
             self.numbers,
             strict=True,
         )
@@ -50,10 +55,10 @@ class DeviceLogprobs:
 
 
 class StepHandle:
-    """A step that has been launched.
+    """A step that has been launched, its results already on their way to the host.
 
     Args:
-        tokens: int64 [sampling rows] on the device; None if no row samples.
+        tokens: Integers [sampling rows], which the next step may overwrite on the device; None if no row samples.
         errors: By sampling row, what went wrong before sampling.
         logprobs: Of the sampled tokens: their rows, and what they asked for.
         prompt_logprobs: By row of the plan: first position, and what was computed from there on.
@@ -66,14 +71,14 @@ class StepHandle:
         logprobs: tuple[list[int], DeviceLogprobs] | None = None,
         prompt_logprobs: dict[int, tuple[int, list[DeviceLogprobs]]] | None = None,
     ) -> None:
-        self._tokens = tokens
+        self._tokens = None if tokens is None else HostCopy(tokens)
         self._errors = errors or {}
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs or {}
 
     def result(self) -> StepResult:
         """What the step gave. Waits for the device."""
-        tokens = [] if self._tokens is None else self._tokens.tolist()
+        tokens = [] if self._tokens is None else self._tokens.wait().tolist()
         errors = {row: self._errors.get(row, NO_TOKEN) for row, token in enumerate(tokens) if token < 0}
         logprobs = {}
         if self._logprobs is not None:

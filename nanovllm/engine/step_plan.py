@@ -60,6 +60,11 @@ class StepPlan:
         """Tokens the step computes."""
         return sum(self.lengths)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row computes the token it sampled last, and nothing else."""
+        return not self.num_prefill_tokens
+
     def __str__(self) -> str:
         rows = ", ".join(
             f"{slot}:{start}+{length}{'*' if sample else ''}"

@@ -66,8 +66,15 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[misc]  # its weight may be packed
     """Logits over the vocabulary from hidden states; may share its table with the embedding."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank."""
+    def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank.
+
+        With ``out`` [rows, vocab_size], they are written there in its dtype, without a float32 copy.
+        """
+        if out is not None:
+            if self.parallel.size > 1 or self.weight is None:
+                return out.copy_(self.parallel.all_gather(self.product(hidden))[:, : self.vocab_size])
+            return torch.mm(hidden, self.weight.t(), out=out)
         logits = self.parallel.all_gather(self.product(hidden))
         # Padding, if there is any, is the end of the last shares that hold rows, hence the end of the whole.
         return logits[:, : self.vocab_size].float()

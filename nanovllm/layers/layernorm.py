@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanovllm import kernels
 from nanovllm.utils.loader import Span, TensorSource, copy_span, new_parameter
 
 
@@ -19,6 +20,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.fused_add = kernels.load("rms_norm", torch.device(device))
         self.weight = new_parameter((size,), dtype, device, self._load)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,6 +33,8 @@ class RMSNorm(nn.Module):
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Add ``x`` to the residual stream and normalise the sum: returns (normalised, sum). None starts the stream."""
+        if self.fused_add is not None:
+            return self.fused_add(x, self.weight, self.eps, residual)
         total = x if residual is None else x + residual
         return self.forward(total), total
 

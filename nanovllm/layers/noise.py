@@ -1,6 +1,7 @@
 """Counter-based noise: a pure function of (key of a request, position of a token, word of a token or block).
 
 No generator is advanced, so that a draw does not depend on what else is in the batch, nor on what was drawn before.
+The kernels have the same functions once more (``nanovllm/kernels/sample.py``): to the bit, up to the logarithm.
 """
 
 import torch
@@ -12,8 +13,8 @@ def signed_word(word: int) -> int:
 
 
 # Odd multipliers of a 32-bit avalanche function: xor-shift and multiply, twice.
-_MULTIPLIER_A = signed_word(0x7FEB352D)
-_MULTIPLIER_B = signed_word(0x846CA68B)
+MULTIPLIER_A = signed_word(0x7FEB352D)
+MULTIPLIER_B = signed_word(0x846CA68B)
 GOLDEN = signed_word(0x9E3779B1)  # 2^32 / golden ratio, to spread consecutive integers
 
 
@@ -24,8 +25,8 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """A bijection of 32-bit words in which every input bit flips about half of the output bits."""
-    x = (x ^ _shift_right(x, 16)) * _MULTIPLIER_A
-    x = (x ^ _shift_right(x, 15)) * _MULTIPLIER_B
+    x = (x ^ _shift_right(x, 16)) * MULTIPLIER_A
+    x = (x ^ _shift_right(x, 15)) * MULTIPLIER_B
     return x ^ _shift_right(x, 16)
 
 
@@ -55,7 +56,7 @@ def exponential_noise(keys: torch.Tensor, positions: torch.Tensor, words: torch.
     # Two words a row, so that rows whose first words collide still differ.
     bits = (words ^ second[:, None]) * (_mix(first + second)[:, None] | 1)
     bits ^= _shift_right(bits, 16)
-    bits *= _MULTIPLIER_A
+    bits *= MULTIPLIER_A
     bits ^= _shift_right(bits, 15)
     # -log(1 - u) with u in (0, 1) from 31 bits. The smallest draws decide who wins, and near 0 float32 tells all of
     # them apart; the factor keeps 1 - u, which rounds, above 0. No draw is 0 or infinite: that token would always win,

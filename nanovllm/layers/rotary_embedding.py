@@ -43,9 +43,29 @@ class RotaryEmbedding(nn.Module):
         """Bytes of both tables."""
         return 4 * head_dim * max_model_len
 
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the tables for ``positions`` [tokens]: cosines and sines, float32 [tokens, 1, head_dim / 2]."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+    def forward(self, positions: torch.Tensor) -> "Rotation":
+        """The rotation of tokens at ``positions`` [tokens], shared by all layers of a step."""
+        return Rotation(self.cos, self.sin, positions)
+
+
+class Rotation:
+    """A rotation of each token by the angles of its position.
+
+    Args:
+        cos: float32 [max_model_len, head_dim / 2].
+        sin: The same.
+        positions: int64 [tokens].
+    """
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
+        self.cos, self.sin, self.positions = cos, sin, positions
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the tokens, float32 [tokens, 1, head_dim / 2]; gathered once for all layers."""
+        if self._rows is None:
+            self._rows = self.cos[self.positions].unsqueeze(1), self.sin[self.positions].unsqueeze(1)
+        return self._rows
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nanovllm import kernels
 from nanovllm.layers.noise import GOLDEN, block_words, exponential_noise, signed_word, token_words
 from nanovllm.layers.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE
 from nanovllm.layers.top_tokens import BLOCK, in_blocks, most_likely, rows_at_a_time
@@ -43,10 +44,11 @@ class SamplingRows:
         all_greedy: Every temperature is 0.
         any_greedy: Some temperature is 0.
         any_truncated: Some row has a top_k or a top_p.
-        num_candidates: The largest top_k if every truncated row has one, else 0. If 0, a GPU is waited for.
+        num_candidates: The largest top_k of the truncated rows; 0 if none has one.
         any_min_p: Some row has a min_p.
         min_p: float32 [rows]; before top_k and top_p, tokens this many times as likely as the most likely one or more
             are kept. None if no row has one.
+        any_unbounded: Some truncated row has no top_k. (A top_k of at least the vocabulary is none.)
     """
 
     temperature: torch.Tensor
@@ -60,26 +62,40 @@ class SamplingRows:
     num_candidates: int = 0
     any_min_p: bool = False
     min_p: torch.Tensor | None = None
+    any_unbounded: bool = False
 
 
 class Sampler(nn.Module):
-    """Samples a token id for each row of logits.
+    """Samples a token id for each row of logits. On CUDA with kernels, the host waits for nothing.
 
     Args:
-        vocab_size: Columns of the logits.
-        device: Where they are.
+        vocab_size: Token ids.
+        device: Where the logits are.
+        use_kernels: Of batches and rows that there are kernels for; otherwise torch's operators do everything.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, use_kernels: bool = True) -> None:
         super().__init__()
+        self.sample_kernel = kernels.load("sample", device) if use_kernels else None
+        self.nucleus_kernel = kernels.load("nucleus", device) if use_kernels else None
         num_blocks = -(-vocab_size // BLOCK)
         self.vocab_size = vocab_size
         self.block_words = block_words(num_blocks, device)
         self.token_words = token_words(num_blocks * BLOCK, device).view(num_blocks, BLOCK)
 
     def forward(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-        """logits float32 [rows, vocab_size] -> token ids int64 [rows]; -1 if a logit is NaN or inf, or all are -inf."""
-        batch = _Batch(self, logits, rows)
+        """Logits to token ids.
+
+        Args:
+            logits: [rows, at least vocab_size], any float dtype up to float32; further columns are ignored.
+            rows: How they are sampled.
+
+        Returns:
+            int64 [rows]; -1 if a logit is NaN or inf, or all are -inf.
+        """
+        if self.sample_kernel is not None and not rows.any_truncated and not rows.any_min_p:
+            return self.sample_kernel(logits, rows.temperature, rows.keys, rows.positions, self.vocab_size)
+        batch = _Batch(self, logits[:, : self.vocab_size].float(), rows)
         if rows.all_greedy:
             tokens = batch.greedy()
         else:
@@ -96,7 +112,7 @@ class _Batch:
         self.sampler = sampler
         self.rows = rows
         self.blocks = in_blocks(logits)
-        self.on_cpu = logits.device.type == "cpu"
+        self.on_cpu = logits.device.type == "cpu" and sampler.nucleus_kernel is None  # else it is interpreted
         self.everything = torch.arange(len(logits), device=logits.device)
         temperature = rows.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
         self.scale = math.log2(math.e) / temperature  # 2^x costs a third of e^x on the CPU
@@ -115,16 +131,19 @@ class _Batch:
         index = self._select((self.rows.temperature > 0) & ~self.truncated)
         if len(index):
             tokens[index] = self._draw(index, self.sums[index])
-        # A top_k of at least the vocabulary is none.
-        unbounded = not 0 < self.rows.num_candidates < self.sampler.vocab_size
+        bounded = not self.rows.any_unbounded and 0 < self.rows.num_candidates < self.sampler.vocab_size
         if self.rows.any_truncated:
             for index, count in self._candidate_groups():
                 drawn, settled = self._draw_candidates(index, count)
                 tokens[index] = drawn.where(self.truncated[index], tokens[index])
-                if unbounded:
-                    index = index[self.truncated[index] & ~settled]
-                    if len(index):
-                        tokens[index] = self._draw_nucleus(index)
+                if bounded:
+                    continue
+                if self.sampler.nucleus_kernel is not None:
+                    self._launch_nucleus(self.truncated & ~settled, tokens)
+                    continue
+                index = index[self.truncated[index] & ~settled]
+                if len(index):
+                    tokens[index] = self._draw_nucleus(index)
         return tokens
 
     def _select(self, mask: torch.Tensor) -> torch.Tensor:
@@ -135,8 +154,7 @@ class _Batch:
         """Truncated rows, and how many of their most likely tokens hold what top_k leaves."""
         vocab_size = self.sampler.vocab_size
         if not self.on_cpu:
-            largest = self.rows.num_candidates or int(self.top_k.max())
-            return [(self.everything, max(CANDIDATES, min(largest, vocab_size)))]
+            return [(self.everything, max(CANDIDATES, min(self.rows.num_candidates, vocab_size)))]
         groups: dict[int, list[int]] = {}  # by power of two: a row with a large top_k is no burden to the others
         for row, (cut, top_k) in enumerate(zip(self.truncated.tolist(), self.top_k.tolist(), strict=True)):
             if cut:
@@ -220,6 +238,24 @@ class _Batch:
         weights[:, 1:].masked_fill_(reached[:, :-1], 0)
         noise = self._noise(index, self.sampler.token_words.flatten()[ids])
         return ids.gather(1, (weights / noise).argmax(dim=-1, keepdim=True))[:, 0], settled
+
+    def _launch_nucleus(self, pending: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Replace the tokens of pending rows by what :meth:`_draw_nucleus` gives, without waiting for them."""
+        rows = self.rows
+        assert self.sampler.nucleus_kernel is not None
+        self.sampler.nucleus_kernel(
+            self.blocks.flatten(1),
+            self.sums,
+            self.peaks,
+            rows.temperature,
+            rows.min_p if rows.any_min_p else None,
+            rows.top_p,
+            rows.keys,
+            rows.positions,
+            pending,
+            tokens,
+            self.sampler.vocab_size,
+        )
 
     def _draw_nucleus(self, index: torch.Tensor) -> torch.Tensor:
         """By rejection, for rows whose top_p keeps many tokens."""

@@ -6,13 +6,14 @@
 import torch
 from torch import nn
 
+from nanovllm import kernels
 from nanovllm.attention.base import AttentionStep
 from nanovllm.layers.activation import get_activation
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, Rotation, apply_rotary
 from nanovllm.utils.loader import COPY
 from nanovllm.utils.model_config import ModelConfig
 
@@ -51,15 +52,20 @@ class Qwen3Attention(nn.Module):
         )
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+        self.fused_store = kernels.load("qk_norm_rope_store", device)
 
-    def forward(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attention: AttentionStep
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rotation: Rotation, attention: AttentionStep) -> torch.Tensor:
         heads, kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        qkv = self.qkv_proj(hidden).view(-1, heads + 2 * kv_heads, self.head_dim)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [tokens, heads, head_dim]
-        q = apply_rotary(self.q_norm(q), *rotation)
-        k = apply_rotary(self.k_norm(k), *rotation)
+        qkv = self.qkv_proj(hidden)
+        target = attention.target(self.layer) if self.fused_store is not None else None
+        if self.fused_store is not None and target is not None:
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            tables = rotation.cos, rotation.sin, rotation.positions
+            q = self.fused_store(qkv, *norms, *tables, *target, heads, kv_heads)
+            return self.o_proj(attention.attend_cached(self.layer, q).flatten(1))
+        q, k, v = qkv.view(-1, heads + 2 * kv_heads, self.head_dim).split((heads, kv_heads, kv_heads), dim=1)
+        q = apply_rotary(self.q_norm(q), *rotation.rows())  # [tokens, heads, head_dim]
+        k = apply_rotary(self.k_norm(k), *rotation.rows())
         return self.o_proj(attention.attend(self.layer, q, k, v).flatten(1))
 
 
@@ -70,7 +76,7 @@ class Qwen3MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = GateUpParallelLinear(config.hidden_size, config.intermediate_size, parallel, dtype, device)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, False, parallel, dtype, device)
-        self.activation = get_activation(config.hidden_act)
+        self.activation = get_activation(config.hidden_act, device)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.gate_up_proj(hidden)))
@@ -97,7 +103,7 @@ class Qwen3DecoderLayer(nn.Module):
         self,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
-        rotation: tuple[torch.Tensor, torch.Tensor],
+        rotation: Rotation,
         attention: AttentionStep,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = self.input_layernorm.add(hidden, residual)
@@ -180,9 +186,9 @@ class Qwen3ForCausalLM(nn.Module):
         """
         return self.model(token_ids, positions, attention)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size]."""
-        return self.lm_head(hidden)
+    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size]; with ``out``, there and in its dtype."""
+        return self.lm_head(hidden, out)
 
     def resolve_weight(self, name: str) -> tuple[str, str] | None:
         """(parameter, shard id) that a checkpoint tensor fills; None if the model has no use for it."""

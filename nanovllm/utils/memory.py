@@ -85,6 +85,15 @@ def free_memory(device: torch.device) -> int:
     return available_cpu_memory()
 
 
+def memory_summary(device: torch.device) -> str:
+    """What is free on ``device``, and what this process holds, in words."""
+    if device.type != "cuda":
+        return f"{free_memory(device):,} bytes are free"
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    return f"{free:,} of {total:,} bytes are free, this process holds {held:,}"
+
+
 def kv_budget(device: torch.device, needed: int, utilization: float) -> int:
     """KV cache bytes that fit ``device`` now, once ``needed`` bytes are left for everything else."""
     if device.type == "cuda":

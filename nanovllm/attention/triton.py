@@ -1,0 +1,185 @@
+"""Attention by our own Triton kernels over the paged cache: any NVIDIA GPU that Triton serves.
+
+Rows of one query each go to one kernel, which splits long contexts, and rows of several to another. Both read keys and
+values from the cache, into which the step's own are written first. Keys and values are stored head-major, ``[blocks,
+kv_heads, block_size, head_dim]``: a head's keys in a block are one piece of memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nanovllm.attention.base import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionSpec,
+    AttentionStep,
+    CacheTarget,
+    DecodeMetadata,
+)
+from nanovllm.kernels import is_interpreted, why_no_triton
+from nanovllm.utils.transfer import to_device
+
+if TYPE_CHECKING:  # Triton is imported when a backend is made
+    from nanovllm.kernels.paged_decode import DecodeWork
+
+
+class TritonAttention(AttentionBackend):
+    """The ``triton`` backend: float32, float16 and bfloat16, heads of 64 to 256, blocks of a power of two."""
+
+    name = "triton"
+    # A head's keys in a block are then 4 KiB of bfloat16 at a head_dim of 128, contiguous enough for full bandwidth;
+    # larger blocks would make shared beginnings of prompts shorter.
+    default_block_size = 16
+    can_capture = True
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        from nanovllm.kernels import paged_decode, paged_prefill, store_kv
+
+        self.decode_kernels, self.prefill_kernels, self.store_kernels = paged_decode, paged_prefill, store_kv
+        self.queries_per_tile = paged_prefill.queries_per_tile(
+            spec.dtype, spec.num_heads, spec.num_kv_heads, spec.head_dim
+        )
+        self.cache: torch.Tensor | None = None  # [layers, 2, blocks, kv_heads, block_size, head_dim]
+
+    @classmethod
+    def why_not(cls, spec: AttentionSpec) -> str | None:
+        reason = why_no_triton(spec.device.type)
+        if reason is not None:
+            return reason
+        if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"dtype {spec.dtype} is not float32, float16 or bfloat16"
+        if is_interpreted() and spec.dtype == torch.bfloat16:
+            return "triton's interpreter multiplies no bfloat16"
+        smallest = 8 if is_interpreted() else 64
+        if spec.head_dim % 8 or not smallest <= spec.head_dim <= 256:
+            return f"head_dim {spec.head_dim} is not a multiple of 8 from {smallest} to 256"
+        block_size = spec.block_size
+        if block_size is not None and (block_size < 16 or block_size & (block_size - 1)):
+            return f"block_size {block_size} is not a power of two of at least 16"
+        return None
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        # Not zeroed: that would touch all of it at once, and what lies beyond a context is never read.
+        self.cache = self._new_cache(self.spec.num_layers, num_blocks)
+
+    def _new_cache(self, num_layers: int, num_blocks: int) -> torch.Tensor:
+        spec = self.spec
+        shape = (num_layers, 2, num_blocks, spec.num_kv_heads, self.block_size, spec.head_dim)
+        return torch.empty(shape, dtype=spec.dtype, device=spec.device)
+
+    def begin_step(self, metadata: AttentionMetadata) -> TritonStep:
+        if self.cache is None:
+            return self._begin_without_cache(metadata)
+        return self._begin(metadata, self.cache)
+
+    def begin_decode(self, metadata: DecodeMetadata) -> TritonStep:
+        assert self.cache is not None
+        max_context = metadata.block_tables.shape[1] * self.block_size
+        work = self._plan_decode(metadata.context_lengths, metadata.slots, None, max_context)
+        return TritonStep(self, self.cache, metadata.block_tables, metadata.slot_mapping, decode=work)
+
+    def kv_cache(self) -> torch.Tensor | None:
+        return self.cache
+
+    def _plan_decode(
+        self, context_lengths: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor | None, max_context: int
+    ) -> DecodeWork:
+        spec = self.spec
+        return self.decode_kernels.plan_decode(
+            context_lengths, slots, tokens, max_context, spec.num_heads, spec.num_kv_heads, spec.head_dim
+        )
+
+    def _begin(self, metadata: AttentionMetadata, cache: torch.Tensor) -> TritonStep:
+        """Plan a step of rows with known lengths, with one copy to the device."""
+        queries = np.array(metadata.query_lengths, dtype=np.int32)
+        contexts = np.array(metadata.context_lengths, dtype=np.int32)
+        tokens = np.cumsum(queries, dtype=np.int32) - queries  # each row's first in the step
+        decodes, prefills = np.nonzero(queries == 1)[0], np.nonzero(queries > 1)[0]
+        tiles = self.prefill_kernels.plan_prefill(
+            queries[prefills], contexts[prefills], tokens[prefills], prefills, self.queries_per_tile
+        )
+        # What begins on a multiple of four numbers is aligned to 16 bytes, for which the kernels are compiled.
+        padding = np.zeros(-len(decodes) % 4, dtype=np.int32)
+        pieces = [contexts[decodes], padding, tokens[decodes], padding, decodes, padding, tiles.ravel()]
+        numbers = to_device(np.concatenate(pieces), torch.int32, self.spec.device)
+        count, padded = len(decodes), len(decodes) + len(padding)
+        step = TritonStep(self, cache, metadata.block_tables, metadata.slot_mapping, slots=metadata.slots)
+        if count > 0:
+            context_lengths, decode_tokens, rows = (numbers[i * padded :][:count] for i in range(3))
+            slots = rows if metadata.slots is None else metadata.slots.index_select(0, rows)
+            step.decode = self._plan_decode(context_lengths, slots, decode_tokens, int(contexts[decodes].max()))
+        if len(prefills) > 0:
+            step.tiles = numbers[3 * padded :].view(4, -1)
+        return step
+
+    def _begin_without_cache(self, metadata: AttentionMetadata) -> TritonStep:
+        """Before there is a cache, one as large as the step serves all layers, each after the other."""
+        lengths, size = metadata.query_lengths, self.block_size
+        blocks = [-(-length // size) for length in lengths]
+        firsts = np.cumsum(blocks) - blocks
+        tables = firsts[:, None] + np.arange(max(blocks))
+        places = [first * size + np.arange(length) for first, length in zip(firsts, lengths, strict=True)]
+        step_metadata = AttentionMetadata(
+            lengths,
+            lengths,
+            to_device(tables, torch.int32, self.spec.device),
+            to_device(np.concatenate(places), torch.int64, self.spec.device),
+        )
+        cache = self._new_cache(1, sum(blocks)).expand(self.spec.num_layers, -1, -1, -1, -1, -1)
+        return self._begin(step_metadata, cache)
+
+
+class TritonStep(AttentionStep):
+    """One step of the ``triton`` backend.
+
+    Args:
+        backend: Whose step it is.
+        cache: [layers, 2, blocks, kv_heads, block_size, head_dim].
+        block_tables: [lines, blocks], int32 or int64.
+        slot_mapping: [tokens], int64.
+        slots: [rows]: the lines that the tiles' rows have in ``block_tables``; None if row i has line i.
+        decode: The rows of one query, planned; None if there are none.
+    """
+
+    def __init__(
+        self,
+        backend: TritonAttention,
+        cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        decode: DecodeWork | None = None,
+    ) -> None:
+        self.backend, self.cache, self.decode = backend, cache, decode
+        self.block_tables, self.slot_mapping, self.slots = block_tables, slot_mapping, slots
+        self.tiles: torch.Tensor | None = None  # [4, tiles], of rows of several queries
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.backend.store_kernels.store_kv(_packed(k), _packed(v), *self.target(layer))
+        return self.attend_cached(layer, q)
+
+    def target(self, layer: int) -> CacheTarget:
+        keys, values = self.cache[layer]
+        return CacheTarget(keys, values, self.slot_mapping)
+
+    def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        backend, q = self.backend, _packed(q)
+        keys, values = self.cache[layer]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if self.decode is not None:
+            backend.decode_kernels.paged_decode(q, keys, values, self.block_tables, self.decode, backend.scale, out)
+        if self.tiles is not None:
+            backend.prefill_kernels.paged_prefill(
+                q, keys, values, self.block_tables, self.slots, self.tiles, backend.scale, out
+            )
+        return out
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [tokens, heads, head_dim], copied if a token's heads do not lie packed."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

@@ -1,0 +1,498 @@
+"""Attention of one query a row over the paged cache, the work split evenly whatever the context lengths are.
+
+A step of few rows, or of rows of very different length, would leave most of the GPU idle if a row were one piece of
+work. So a planning kernel, run once a step, cuts the contexts into items of about equal length: enough of them to fill
+the device several times over, and no more, since rows of several items leave partial results that a second kernel has
+to combine (Dao et al., Flash-Decoding, 2023). The host knows nothing but the number of rows: grids have a fixed size,
+and programs without an item return at once. That makes a step the same from the host's side whatever it computes, so
+CUDA graphs can capture it.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.kernels import is_interpreted
+
+# Tokens of keys and values loaded at a time. 64 rows are the least that a warp group multiplies at once (wgmma).
+TILE = 64
+# The same of float32, which tensor cores do not multiply exactly: products of larger tiles exceed the registers.
+EXACT_TILE = 16
+# Programs a multiprocessor runs in the course of a launch, about: with 3 resident at a time, some 16 after each other,
+# so that the last ones end at about the same time. Twice as many would read 0.3 % more for their partial results.
+PROGRAMS_PER_SM = 48
+# Fewest tokens of an item: below, its start (three loads that wait for each other) costs more than its tokens.
+MIN_CHUNK = 64
+NUM_WARPS = 4
+NUM_STAGES = 3
+# Partial results that the second kernel combines at a time.
+REDUCE_TILE = 16
+
+# Rows of DecodeWork.items.
+_TOKEN = tl.constexpr(0)
+_SLOT = tl.constexpr(1)
+_START = tl.constexpr(2)
+_END = tl.constexpr(3)
+_PARTS = tl.constexpr(4)
+_FIELDS = 5
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit(do_not_specialize=["rows", "capacity", "target_items"])
+def _plan_kernel(
+    context_lengths,
+    slots,
+    tokens,
+    items,
+    first_items,
+    rows,
+    capacity,
+    target_items,
+    TILE: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    lane = tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS], dtype=tl.int64)
+    for first in range(0, rows, ROWS):
+        row = first + lane
+        sums += tl.maximum(tl.load(context_lengths + row, mask=row < rows, other=0), 0).to(tl.int64)
+    wanted = tl.maximum(tl.cdiv(tl.sum(sums, axis=0), target_items), MIN_CHUNK)
+    chunk = (tl.cdiv(wanted, TILE) * TILE).to(tl.int32)
+
+    taken = 0
+    for first in range(0, rows, ROWS):
+        row = first + lane
+        inside = row < rows
+        context = tl.maximum(tl.load(context_lengths + row, mask=inside, other=0), 0)
+        slot = tl.load(slots + row, mask=inside, other=0).to(tl.int32)
+        token = row
+        if HAS_TOKENS:
+            token = tl.load(tokens + row, mask=inside, other=0).to(tl.int32)
+        # A row's items are of equal length, rather than full ones and a rest.
+        most = tl.maximum(tl.cdiv(context, chunk), 1)
+        length = tl.maximum(tl.cdiv(tl.cdiv(context, most), TILE) * TILE, TILE)
+        parts = tl.cdiv(context, length)
+        before = taken + tl.cumsum(parts, 0) - parts
+        tl.store(first_items + row, before, mask=inside)
+        for first_part in range(0, tl.max(parts, axis=0), WIDTH):
+            part = first_part + tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
+            item = before[:, None] + part  # [ROWS, WIDTH]
+            start = part * length[:, None]
+            end = tl.minimum(start + length[:, None], context[:, None])
+            mask = (part < parts[:, None]) & (item < capacity)
+            tl.store(items + _TOKEN * capacity + item, tl.broadcast_to(token[:, None], (ROWS, WIDTH)), mask=mask)
+            tl.store(items + _SLOT * capacity + item, tl.broadcast_to(slot[:, None], (ROWS, WIDTH)), mask=mask)
+            tl.store(items + _START * capacity + item, start, mask=mask)
+            tl.store(items + _END * capacity + item, end, mask=mask)
+            tl.store(items + _PARTS * capacity + item, tl.broadcast_to(parts[:, None], (ROWS, WIDTH)), mask=mask)
+        taken += tl.sum(parts, axis=0)
+    tl.store(first_items + rows, taken)
+    for first in range(0, capacity, ROWS):
+        item = first + lane
+        beyond = (item >= taken) & (item < capacity)
+        tl.store(items + _PARTS * capacity + item, tl.zeros([ROWS], dtype=tl.int32), mask=beyond)
+
+
+@triton.jit(do_not_specialize=["capacity", "table_stride"])
+def _decode_kernel(
+    q,
+    keys,
+    values,
+    block_tables,
+    items,
+    out,
+    partial_out,
+    partial_lse,
+    capacity,
+    table_stride,
+    scale_log2,
+    Q_STRIDE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    # Programs of neighbouring heads run at the same time: a block's heads are neighbours in memory.
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    parts = tl.load(items + _PARTS * capacity + item)
+    if parts == 0:
+        return
+    token = tl.load(items + _TOKEN * capacity + item).to(tl.int64)
+    slot = tl.load(items + _SLOT * capacity + item).to(tl.int64)
+    start = tl.load(items + _START * capacity + item)
+    end = tl.load(items + _END * capacity + item)
+
+    # Everything is transposed, [tokens, queries]: tokens fill the 64 rows of a product, the few queries of a group
+    # would leave most of them empty.
+    head = kv_head * GROUP + tl.arange(0, PADDED_GROUP)
+    dim = tl.arange(0, PADDED_DIM)
+    lane = tl.arange(0, TILE)
+    real_head = tl.arange(0, PADDED_GROUP) < GROUP
+    real_dim = dim < HEAD_DIM
+    query = tl.load(
+        q + token * Q_STRIDE + head[None, :] * HEAD_DIM + dim[:, None],
+        mask=real_head[None, :] & real_dim[:, None],
+        other=0.0,
+    )  # [dim, queries]
+    table = block_tables + slot * table_stride
+    keys += kv_head * HEAD_STRIDE
+    values += kv_head * HEAD_STRIDE
+
+    largest = tl.full([PADDED_GROUP], float("-inf"), dtype=tl.float32)
+    sums = tl.zeros([TILE, PADDED_GROUP], dtype=tl.float32)  # of weights, added up over the tokens at the end
+    attended = tl.zeros([PADDED_DIM, PADDED_GROUP], dtype=tl.float32)
+    # Blocks are looked up a tile ahead: a look-up that keys wait for in the same round would keep Triton from loading
+    # tiles ahead of their use.
+    whole: tl.constexpr = BLOCK_SIZE % TILE == 0  # a tile lies in one block
+    if whole:
+        block = tl.load(table + start // BLOCK_SIZE)
+    else:
+        block = tl.load(table + (start + lane) // BLOCK_SIZE, mask=start + lane < end, other=0)
+    for first in range(start, end, TILE):
+        position = first + lane
+        # What lies beyond the context is never read: weight 0 would not make it harmless, 0 times infinity is NaN.
+        seen = position < end
+        place = block.to(tl.int64) * BLOCK_STRIDE + (position % BLOCK_SIZE) * TOKEN_STRIDE
+        if whole:
+            block = tl.load(table + (first + TILE) // BLOCK_SIZE, mask=first + TILE < end, other=0)
+        else:
+            block = tl.load(table + (position + TILE) // BLOCK_SIZE, mask=position + TILE < end, other=0)
+        offset = place[:, None] + dim[None, :]
+        mask = seen[:, None] & real_dim[None, :]
+        key = tl.load(keys + offset, mask=mask, other=0.0)  # [tokens, dim]
+        value = tl.load(values + offset, mask=mask, other=0.0)
+        scores = tl.dot(key, query, input_precision="ieee") * scale_log2
+        scores = tl.where(seen[:, None], scores, float("-inf"))  # [tokens, queries]
+        new_largest = tl.maximum(largest, tl.max(scores, axis=0))
+        weights = tl.exp2(scores - new_largest[None, :])
+        shrink = tl.exp2(largest - new_largest)
+        sums = sums * shrink[None, :] + weights
+        attended *= shrink[None, :]
+        attended = tl.dot(tl.trans(value), weights.to(value.dtype), attended, input_precision="ieee")
+        largest = new_largest
+
+    total = tl.sum(sums, axis=0)
+    attended = attended / total[None, :]
+    inside = head[None, :] * HEAD_DIM + dim[:, None]
+    mask = real_head[None, :] & real_dim[:, None]
+    if parts == 1:
+        target = out + token * (KV_HEADS * GROUP * HEAD_DIM) + inside
+        tl.store(target, attended.to(out.dtype.element_ty), mask=mask)
+    else:
+        wide = item.to(tl.int64)
+        tl.store(partial_out + wide * (KV_HEADS * GROUP * HEAD_DIM) + inside, attended, mask=mask)
+        tl.store(partial_lse + wide * (KV_HEADS * GROUP) + head, largest + tl.log2(total), mask=real_head)
+
+
+@triton.jit
+def _reduce_kernel(
+    partial_out,
+    partial_lse,
+    first_items,
+    tokens,
+    out,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+):
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    first = tl.load(first_items + row)
+    end = tl.load(first_items + row + 1)
+    if end - first == 1:  # written already
+        return
+    token = row.to(tl.int64)
+    if HAS_TOKENS:
+        token = tl.load(tokens + row).to(tl.int64)
+    dim = tl.arange(0, PADDED_DIM)
+    real_dim = dim < HEAD_DIM
+    largest = float("-inf")
+    total = 0.0
+    attended = tl.zeros([PADDED_DIM], dtype=tl.float32)
+    for first_part in range(first, end, TILE):
+        item = (first_part + tl.arange(0, TILE)).to(tl.int64)
+        inside = item < end
+        lse = tl.load(partial_lse + item * HEADS + head, mask=inside, other=float("-inf"))
+        partial = tl.load(
+            partial_out + (item * HEADS + head)[:, None] * HEAD_DIM + dim[None, :],
+            mask=inside[:, None] & real_dim[None, :],
+            other=0.0,
+        )
+        new_largest = tl.maximum(largest, tl.max(lse, axis=0))
+        weights = tl.exp2(lse - new_largest)
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(weights, axis=0)
+        attended = attended * shrink + tl.sum(partial * weights[:, None], axis=0)
+        largest = new_largest
+    attended = attended / tl.where(end > first, total, 1.0)  # a row without a context gives zeros
+    target = out + (token * HEADS + head) * HEAD_DIM + dim
+    tl.store(target, attended.to(out.dtype.element_ty), mask=real_dim)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4  # interpreted: enough that work is split
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWork:
+    """What the rows of a step attend to, cut into items; and room for their partial results, which layers share.
+
+    Args:
+        rows: Rows of the step.
+        items: [5, capacity], int32: each item's token of the step, line of the block tables, first position, end, and
+            the number of items of its row; that is 0 where there is no item.
+        first_items: [rows + 1], int32: each row's first item; row i has those up to the next row's.
+        tokens: [rows], int32: each row's token in the step; None if row i is token i.
+        partial_out: [capacity, num_heads, head_dim], float32.
+        partial_lse: [capacity, num_heads], float32: binary logarithm of the sum of the unscaled weights.
+    """
+
+    rows: int
+    items: torch.Tensor
+    first_items: torch.Tensor
+    tokens: torch.Tensor | None
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+
+
+def plan_decode(
+    context_lengths: torch.Tensor,
+    slots: torch.Tensor,
+    tokens: torch.Tensor | None,
+    max_context: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> DecodeWork:
+    """Cut the contexts of a step's decode rows into items of about equal length, for all layers.
+
+    Args:
+        context_lengths: [rows], int32: tokens to attend to; 0 for a row that is none.
+        slots: [rows], int32 or int64: each row's line of the block tables.
+        tokens: [rows], int32: each row's token in the step; None if row i is token i.
+        max_context: No context is longer.
+        num_heads: Query heads.
+        num_kv_heads: Key-value heads.
+        head_dim: Elements of a head.
+    """
+    rows, device = context_lengths.shape[0], context_lengths.device
+    target = max(1, _multiprocessors(device) * PROGRAMS_PER_SM // num_kv_heads)
+    # Rounding up adds at most an item a row.
+    capacity = max(1, min(target + rows, rows * -(-max_context // MIN_CHUNK)))
+    work = DecodeWork(
+        rows=rows,
+        items=torch.empty(_FIELDS, capacity, dtype=torch.int32, device=device),
+        first_items=torch.empty(rows + 1, dtype=torch.int32, device=device),
+        tokens=tokens,
+        partial_out=torch.empty(capacity, num_heads, head_dim, dtype=torch.float32, device=device),
+        partial_lse=torch.empty(capacity, num_heads, dtype=torch.float32, device=device),
+    )
+    if rows > 0:
+        few = rows <= 64
+        _plan_kernel[(1,)](
+            context_lengths,
+            slots,
+            tokens,
+            work.items,
+            work.first_items,
+            rows,
+            capacity,
+            target,
+            TILE=TILE,
+            MIN_CHUNK=MIN_CHUNK,
+            HAS_TOKENS=tokens is not None,
+            ROWS=64 if few else 1024,
+            WIDTH=16 if few else 2,
+            num_warps=4 if few else 8,
+        )
+    return work
+
+
+def paged_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    work: DecodeWork,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """softmax(q k^T * scale) v of one query a row over its context in the cache.
+
+    Args:
+        q: [tokens, num_heads, head_dim]; a token's heads lie packed, tokens may lie apart.
+        keys: [blocks, kv_heads, block_size, head_dim], a layer's, the last dimension packed; ``block_size`` is a power
+            of two.
+        values: The same, with the same strides.
+        block_tables: [slots, blocks], int32 or int64: KV blocks in order; the last dimension is packed.
+        work: The rows, from :func:`plan_decode`.
+        scale: Of the scores.
+        out: [tokens, num_heads, head_dim], packed; the rows' tokens are written, zeros for those without a context.
+    """
+    if work.rows == 0:
+        return
+    heads, head_dim = q.shape[1:]
+    kv_heads, block_size = keys.shape[1:3]
+    capacity, group = work.items.shape[1], heads // kv_heads
+    padded_group = max(16, triton.next_power_of_2(group))
+    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    _decode_kernel[(kv_heads, capacity)](
+        q,
+        keys,
+        values,
+        block_tables,
+        work.items,
+        out,
+        work.partial_out,
+        work.partial_lse,
+        capacity,
+        block_tables.stride(0),
+        scale * _LOG2_E,
+        Q_STRIDE=q.stride(0),
+        BLOCK_STRIDE=keys.stride(0),
+        HEAD_STRIDE=keys.stride(1),
+        TOKEN_STRIDE=keys.stride(2),
+        BLOCK_SIZE=block_size,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PADDED_GROUP=padded_group,
+        PADDED_DIM=padded_dim,
+        **_variant(q.dtype, padded_group, padded_dim),
+    )
+    _reduce_kernel[(heads, work.rows)](
+        work.partial_out,
+        work.partial_lse,
+        work.first_items,
+        work.tokens,
+        out,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim,
+        TILE=REDUCE_TILE,
+        HAS_TOKENS=work.tokens is not None,
+        num_warps=4,
+    )
+
+
+def paged_decode_reference(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    work: DecodeWork,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """:func:`paged_decode` in torch's operators, a row at a time, in float32 or better."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    firsts = work.first_items.tolist()
+    for row in range(work.rows):
+        token = row if work.tokens is None else int(work.tokens[row])
+        if firsts[row] == firsts[row + 1]:
+            out[token] = 0
+            continue
+        slot, end = work.items[_SLOT.value, firsts[row]], int(work.items[_END.value, firsts[row + 1] - 1])
+        blocks = block_tables[slot, : -(-end // keys.shape[2])].long()
+        # [kv_heads, context, head_dim], then a copy of each for every query head
+        key, value = (x[blocks].transpose(0, 1).flatten(1, 2)[:, :end].to(exact) for x in (keys, values))
+        key, value = (x.repeat_interleave(q.shape[1] // keys.shape[1], dim=0) for x in (key, value))
+        weights = torch.softmax(torch.einsum("hd,hkd->hk", q[token].to(exact), key) * scale, dim=-1)
+        out[token] = torch.einsum("hk,hkd->hd", weights, value).to(out.dtype)
+
+
+def _variant(dtype: torch.dtype, padded_group: int, padded_dim: int) -> dict[str, int]:
+    """How the kernel is compiled, so that neither registers nor shared memory run out."""
+    if dtype == torch.float32 and not is_interpreted():  # which is as slow with small tiles as with large
+        return {"TILE": EXACT_TILE, "num_warps": 4 if padded_dim <= 128 else 8, "num_stages": 3}
+    num_warps = NUM_WARPS if padded_group < 64 else 8
+    return {"TILE": TILE, "num_warps": num_warps, "num_stages": NUM_STAGES if padded_dim <= 128 else 2}
+
+
+def compile_cases() -> list[dict[str, Any]]:
+    """Variants worth compiling ahead of time."""
+    cases: list[dict[str, Any]] = []
+
+    def case(kernel: Any, label: str, pointers: dict[str, str], numbers: dict[str, str], **launch: Any) -> None:
+        options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+        signature = {**pointers, **numbers, **dict.fromkeys(launch, "constexpr")}
+        cases.append({"kernel": kernel, "signature": signature, "constexprs": launch, "label": label, **options})
+
+    partials = {"partial_out": "*fp32", "partial_lse": "*fp32"}
+    case(
+        _plan_kernel,
+        "plan",
+        dict.fromkeys(("context_lengths", "slots", "tokens", "items", "first_items"), "*i32"),
+        dict.fromkeys(("rows", "capacity", "target_items"), "i32"),
+        TILE=TILE,
+        MIN_CHUNK=MIN_CHUNK,
+        HAS_TOKENS=True,
+        ROWS=1024,
+        WIDTH=2,
+        num_warps=8,
+        num_stages=3,
+    )
+    for dtype, kv_heads, group, head_dim, block_size in (
+        ("bf16", 8, 2, 128, 16),
+        ("bf16", 8, 2, 128, 32),
+        ("bf16", 8, 2, 128, 64),
+        ("bf16", 8, 8, 80, 256),
+        ("bf16", 1, 71, 64, 32),
+        ("bf16", 4, 1, 256, 32),
+        ("fp32", 8, 2, 128, 32),
+        ("fp32", 8, 4, 256, 32),
+    ):
+        padded_group = max(16, triton.next_power_of_2(group))
+        padded_dim = triton.next_power_of_2(head_dim)
+        tensors = {**dict.fromkeys(("q", "keys", "values", "out"), f"*{dtype}"), **partials}
+        case(
+            _decode_kernel,
+            f"decode {dtype} {kv_heads}x{group}x{head_dim}, blocks of {block_size}",
+            {**tensors, "block_tables": "*i32", "items": "*i32"},
+            {"capacity": "i32", "table_stride": "i32", "scale_log2": "fp32"},
+            Q_STRIDE=kv_heads * (group + 2) * head_dim,
+            BLOCK_STRIDE=kv_heads * block_size * head_dim,
+            HEAD_STRIDE=block_size * head_dim,
+            TOKEN_STRIDE=head_dim,
+            BLOCK_SIZE=block_size,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            PADDED_GROUP=padded_group,
+            PADDED_DIM=padded_dim,
+            **_variant(torch.float32 if dtype == "fp32" else torch.bfloat16, padded_group, padded_dim),
+        )
+    case(
+        _reduce_kernel,
+        "reduce",
+        {**partials, "first_items": "*i32", "tokens": "*i32", "out": "*bf16"},
+        {},
+        HEADS=16,
+        HEAD_DIM=128,
+        PADDED_DIM=128,
+        TILE=REDUCE_TILE,
+        HAS_TOKENS=True,
+        num_warps=4,
+        num_stages=3,
+    )
+    return cases

@@ -1,0 +1,357 @@
+"""Stages of gpu_check.py about speed: throughput beside what the hardware allows, what each part is worth, profiles."""
+
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from gpu_measure import Check, Result, Roofline, ceilings, roofline
+
+import bench
+from nanovllm import LLM, SamplingParams
+from nanovllm.attention import BACKENDS
+from nanovllm.engine.scheduler import AdmissionPolicy
+from nanovllm.engine.step_handle import StepHandle
+from nanovllm.kernels import DISABLE_VARIABLE
+from nanovllm.utils.random_checkpoint import cached_random_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = Path(tempfile.gettempdir()) / "nanovllm-gpu-check"  # random weights stay here for the next stage
+# "nucleus" is for top_p, which no benchmark here asks for.
+KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "sample", "decode_inputs", "decode_outputs")
+MOST_TRACE_BYTES = 15 << 20  # a file that comes back from the GPU machine may have 16 MiB
+
+
+def shape_name(check: Check) -> str:
+    return "tiny" if check.quick else "qwen3-0.6b"
+
+
+def model_folder(check: Check) -> Path:
+    return cached_random_checkpoint(shape_name(check), WEIGHTS)
+
+
+def model_config(check: Check) -> dict[str, Any]:
+    return json.loads((model_folder(check) / "config.json").read_text())
+
+
+def draw(check: Check, workload: str) -> bench.Requests:
+    return bench.Workload.parse(workload).draw(0, model_config(check)["vocab_size"])
+
+
+def open_engine(check: Check, requests: bench.Requests, *options: str) -> bench.NanovllmEngine:
+    """bench.py's engine on random weights, warmed up."""
+    args = bench.build_parser().parse_args(["--device", check.device.type, *options])
+    engine = bench.NanovllmEngine(model_folder(check), requests.longest, args)
+    engine.run(requests.warm_up())
+    return engine
+
+
+def limits_of(check: Check, requests: bench.Requests, max_rows: int | None = None) -> Roofline:
+    bandwidth, flops = ceilings(check)
+    return roofline(
+        list(map(len, requests.prompts)), requests.output_lens, model_config(check), bandwidth, flops, max_rows
+    )
+
+
+def measure_runs(check: Check, engine: bench.NanovllmEngine, requests: bench.Requests, repeats: int) -> Result:
+    """Median seconds, tokens a second, where the time went, and the share of what the hardware allows."""
+    times, details = zip(*(engine.run(requests) for _ in range(repeats)), strict=True)
+    seconds = statistics.median(times)
+    middle = details[times.index(statistics.median_low(times))]
+    limit = limits_of(check, requests, engine.llm.engine.runner.num_slots)
+    return {
+        "output_tokens_per_second": requests.output_tokens / seconds,
+        "seconds": seconds,
+        "fastest": min(times),
+        "slowest": max(times),
+        "prefill_seconds": middle["prefill_seconds"],
+        "decode_seconds": middle["decode_seconds"],
+        "preemptions": middle["num_preemptions"],
+        "roofline_seconds": limit.total,
+        "of_roofline": limit.total / seconds,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ throughput
+
+
+def check_standard(check: Check) -> None:
+    """The standard run, three times, beside what the hardware allows."""
+    requests = draw(check, "3:8-16:4-8" if check.quick else bench.PRESETS["full"])
+    limit = limits_of(check, requests)
+    for key in ("prefill", "weights", "kv", "total"):
+        check.note(f"roofline_{key}_seconds", getattr(limit, key))
+    engine = open_engine(check, requests)
+    try:
+        for key, value in measure_runs(check, engine, requests, 3).items():
+            check.note(key, value)
+        metrics = engine.llm.get_metrics()
+        for key in (
+            "startup_seconds",
+            "attention_backend",
+            "num_graphs",
+            "time_to_first_token",
+            "time_per_output_token",
+        ):
+            check.note(key, metrics[key])
+        with host_times(engine.llm) as seconds:
+            total, _ = engine.run(requests)
+        check.note("host_seconds", {"total": total, **seconds})
+    finally:
+        engine.close()
+
+
+def check_latency(check: Check) -> None:
+    """One request alone, beside what reading the weights once a token takes."""
+    requests = draw(check, "1:8-8:6-6" if check.quick else "1:64-64:256-256")
+    engine = open_engine(check, requests)
+    try:
+        for key, value in measure_runs(check, engine, requests, 5).items():
+            check.note(key, value)
+        limit = limits_of(check, requests)
+        decode_seconds = check.results["decode_seconds"]
+        check.note("us_per_decode_step", decode_seconds / limit.decode_steps * 1e6)
+        check.note("us_of_reading_weights", limit.weights / limit.decode_steps * 1e6)
+        check.note("of_weight_bandwidth", limit.weights / decode_seconds)
+    finally:
+        engine.close()
+
+
+def check_many(check: Check) -> None:
+    """More requests than places, under each policy of admission."""
+    many, fewer, rows = "4096:100-1024:100-1024", "1024:100-1024:100-1024", "256"
+    if check.quick:
+        many, fewer, rows = "6:8-16:4-8", "4:8-16:4-8", "2"
+    policies = {
+        "mixed at once": AdmissionPolicy(),
+        "prompts first and alone": AdmissionPolicy(mixed=False),
+        "gathering 16": AdmissionPolicy(vacancies=16),
+    }
+    requests = draw(check, fewer)
+    engine = open_engine(check, requests, "--max-num-seqs", rows)
+    scheduler = engine.llm.engine.scheduler
+    standard = check.earlier.get("standard", {}).get("output_tokens_per_second")
+
+    def run(chosen: bench.Requests, policy: AdmissionPolicy) -> Result:
+        scheduler.policy = policy
+        result = measure_runs(check, engine, chosen, 1)
+        return result | ({"of_standard": result["output_tokens_per_second"] / standard} if standard else {})
+
+    try:
+        default = scheduler.policy
+        check.note("default policy", str(default))
+        for name, policy in policies.items():
+            check.part(f"{fewer}, {name}", run, requests, policy)
+        check.part(f"{many}, default", run, draw(check, many), default)
+    finally:
+        engine.close()
+
+
+def check_ablation(check: Check) -> None:
+    """Half the standard run with everything on, and with one thing off at a time, each in a process of its own."""
+    workload = "2:8-16:4-8" if check.quick else "128:100-1024:100-1024"
+    off = {"nothing": "", **{name: name for name in ("graphs", "overlap", *KERNELS)}}
+    off |= {"all kernels": " ".join((*KERNELS, "nucleus")), "nothing, again": ""}
+    if check.quick:
+        off = {"nothing": "", "graphs": "graphs"}
+    rates: dict[str, float] = {}
+    for name, disabled in off.items():
+        result = check.part(f"without {name}", bench_process, check, workload, disabled, [])
+        if result is not None:
+            rates[name] = result["output_tokens_per_second"]
+            check.note(f"without {name}", {**result, "relative": rates[name] / rates.get("nothing", rates[name])})
+    if not check.quick:
+        small = "16:100-300:50-100"
+        for backend in BACKENDS:
+            check.part(f"backend {backend}, {small}", bench_process, check, small, "", ["--attention-backend", backend])
+
+
+def bench_process(
+    check: Check, workload: str, disabled: str, options: list[str], timeout: float = 200, engine: str = "nanovllm"
+) -> Result:
+    """A run of bench.py by itself; the figures of the engine named last."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "report.json")
+        command = [sys.executable, str(ROOT / "bench.py"), "--random-weights", shape_name(check), "--engine", engine]
+        command += ["--workload", workload, "--json", str(path), "--weights-cache", str(WEIGHTS), *options]
+        done = subprocess.run(
+            [*command, "--device", check.device.type],
+            env={**os.environ, DISABLE_VARIABLE: disabled},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+        report = json.loads(path.read_text())
+    found = report["workloads"][0]
+    figures = found["results"][engine.split(",")[-1]]
+    names = ("output_tokens_per_second", "median_seconds", "prefill_seconds", "decode_seconds")
+    result = {name: figures[name] for name in names if name in figures}
+    result["num_graphs"] = report["engines"]["nanovllm"]["num_graphs"]
+    return result | {f"ratio {pair}": ratio for pair, ratio in found["ratios"].items()}
+
+
+def check_hf(check: Check) -> None:
+    """transformers' continuous batching on the same requests, then, should that fail, its padded batches."""
+    sizes = (2,) if check.quick else (128, 256)
+    lengths = "8-16:4-8" if check.quick else "100-1024:100-1024"
+    limit = 60.0 if check.quick else 200.0
+    seconds = 0.0
+    for size in sizes:
+        if seconds * 4 > 300:  # twice the rows and twice the contexts that every row is compared with
+            check.note(f"hf-cb {size}", f"not run: {size // 2} requests took {seconds:.0f} s")
+            break
+        name, arguments = f"hf-cb {size}", (check, f"{size}:{lengths}", "", ["--separately"], limit)
+        result = check.part(name, bench_process, *arguments, "nanovllm,hf-cb")
+        if result is None:
+            check.note("fallback", "continuous batching failed: what follows are padded batches")
+            check.part(f"hf {size}", bench_process, *arguments, "nanovllm,hf")
+            break
+        seconds, limit = result["median_seconds"], 310.0
+
+
+# --------------------------------------------------------------------------------------------------- profile
+
+
+@contextmanager
+def host_times(llm: LLM) -> Iterator[dict[str, float]]:
+    """Seconds that the host spends in the engine's functions, counted until the end of the context.
+
+    ``execute`` includes ``apply`` and ``replay``; ``wait`` is for the device.
+    """
+    seconds: dict[str, float] = {}
+    engine = llm.engine
+    runner = engine.runner
+    watched: list[tuple[Any, str, str]] = [
+        (engine.scheduler, "schedule", "schedule"),
+        (runner, "execute", "execute"),
+        (runner.batch_state, "apply", "apply"),
+        (StepHandle, "result", "wait"),
+        (engine.scheduler, "update", "update"),
+        (engine, "_follow", "follow"),
+        (engine, "_report", "report"),
+    ]
+    if runner.graphs is not None:
+        watched.append((runner.graphs, "replay", "replay"))
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                seconds[name] += time.perf_counter() - started
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, attribute, name in watched:
+            seconds[name] = 0.0
+            stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        yield seconds
+
+
+def check_profile(check: Check) -> None:
+    """Where the time of decode steps goes, on the host and on the device, for full batches and a single request."""
+    rows = 2 if check.quick else 256
+    requests = draw(check, "1:8-16:4-8")
+    engine = open_engine(check, requests)
+    try:
+        for batch in (rows, 1):
+            check.part(f"batch {batch}", profile_steps, check, engine.llm, batch)
+    finally:
+        engine.close()
+
+
+def profile_steps(check: Check, llm: LLM, rows: int) -> Result:
+    """Some decode steps of ``rows`` sequences: host times first, then a trace."""
+    steps, prompt_len = (3, 8) if check.quick else (50, 512)
+    params = SamplingParams(temperature=0.6, max_tokens=3 * steps + 40, ignore_eos=True)
+    engine = llm.engine
+    vocab_size = engine.model_config.vocab_size
+    llm.reset_prefix_cache()
+    for row in range(rows):
+        engine.add_request({"prompt_token_ids": [(row * 101 + i * 7) % vocab_size for i in range(prompt_len)]}, params)
+    while engine.scheduler.waiting or any(seq.num_output_tokens < 2 for seq in engine.scheduler.running):
+        engine.step()
+    for _ in range(10):
+        engine.step()
+    synchronize(check)
+    started = time.perf_counter()
+    with host_times(llm) as seconds:
+        for _ in range(steps):
+            engine.step()
+        synchronize(check)
+    wall = time.perf_counter() - started
+    events = trace(check, lambda: [engine.step() for _ in range(steps)], f"trace_{rows}.json.gz")
+    engine.reset()
+    result: Result = {"us_per_step": wall / steps * 1e6}
+    check.note(f"batch {rows}, host us per step", {name: value / steps * 1e6 for name, value in seconds.items()})
+    usage = device_usage(events, "kernel" if check.on_cuda else "cpu_op")
+    for place, (name, share, count, mean) in enumerate(usage.pop("top"), 1):
+        check.note(f"batch {rows} #{place}", f"{share:.1%} {count / steps:.1f} a step, {mean:.1f} us: {name[:110]}")
+    return result | usage
+
+
+def synchronize(check: Check) -> None:
+    if check.on_cuda:
+        torch.cuda.synchronize()
+
+
+def trace(check: Check, function: Callable[[], Any], name: str) -> list[dict[str, Any]]:
+    """Events of a Chrome trace of a call, which is also written to the output folder, compressed."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if check.on_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+        synchronize(check)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        text = path.read_text(encoding="utf-8", errors="replace")
+    data = json.loads(text, strict=False)  # names of kernels may hold anything
+    packed = gzip.compress(text.encode())
+    if len(packed) > MOST_TRACE_BYTES:  # without what the host did
+        data["traceEvents"] = [event for event in data["traceEvents"] if event.get("cat") != "cpu_op"]
+        packed = gzip.compress(json.dumps(data).encode())
+    if len(packed) <= MOST_TRACE_BYTES:
+        (check.out / name).write_bytes(packed)
+    return data["traceEvents"]
+
+
+def device_usage(events: list[dict[str, Any]], category: str) -> Result:
+    """Share of the time in which the device did nothing, and what it did otherwise.
+
+    Args:
+        events: Of a Chrome trace, times in microseconds.
+        category: Of the events that count, besides copies.
+    """
+    categories = (category, "gpu_memcpy", "gpu_memset")
+    busy = [event for event in events if event.get("ph") == "X" and event.get("cat") in categories]
+    if not busy:
+        return {"events": 0, "top": []}
+    by_name: dict[str, list[float]] = {}
+    union, reached = 0.0, float("-inf")
+    for event in sorted(busy, key=lambda event: event["ts"]):
+        start, end = event["ts"], event["ts"] + event["dur"]
+        union += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+        by_name.setdefault(event["name"], []).append(event["dur"])
+    span = reached - min(event["ts"] for event in busy)
+    total = sum(sum(times) for times in by_name.values())
+    ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:15]
+    top = [(name, sum(times) / total, len(times), sum(times) / len(times)) for name, times in ranked]
+    return {"idle_share": 1 - union / span, "busy_us": union, "span_us": span, "events": len(busy), "top": top}
