@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
-from tests.checkpoints import load_reference, write_checkpoint  # noqa: E402
+from tests.checkpoints import load_reference, write_checkpoint
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""A model runner that answers late, as a GPU does: ``execute`` only queues, and results come when they are waited for."""
+"""A model runner that answers late, as a GPU does: ``execute`` only queues, and results come when waited for."""
 
 import queue
 import random

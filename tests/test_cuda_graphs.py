@@ -1,8 +1,9 @@
-"""Whole decode steps in static buffers, without a GPU: captured by a stand-in, with every kernel in Triton's interpreter.
+"""Whole decode steps in static buffers, without a GPU: captured by a stand-in, every kernel in Triton's interpreter.
 
 What a CUDA graph is to replay is here called again, on the same buffers. Everything else is what runs on a GPU.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,9 @@ def test_the_whole_path_of_a_gpu_gives_the_tokens_of_transformers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limits", [{}, {"num_kvcache_blocks": 8, "max_num_batched_tokens": 20}], ids=["roomy", "tight"])
+@pytest.mark.parametrize(
+    "limits", [{}, {"num_kvcache_blocks": 8, "max_num_batched_tokens": 20}], ids=["roomy", "tight"]
+)
 def test_every_kind_of_request_gets_what_the_cpu_gives_it(
     tiny_checkpoint: Path, limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +108,7 @@ class TestReplaying:
             assert sizes == sorted(set(sizes))
             assert sizes[-1] == most
             assert all(any(rows <= size for size in sizes) for rows in range(1, most + 1))
-            assert all(b - a <= 32 for a, b in zip(sizes, sizes[1:], strict=False)), "little is computed in vain"
+            assert all(b - a <= 32 for a, b in itertools.pairwise(sizes)), "little is computed in vain"
 
     def test_captured_from_the_largest_down(self, tiny_checkpoint: Path) -> None:
         captured: list[int] = []
@@ -136,7 +139,9 @@ class TestReplaying:
             runner = llm.engine.runner
             runner.attention.kv_cache().fill_(7.0)
             state = runner.batch_state
-            before = [table.clone() for table in (state.token_ids, state.block_tables, state.num_computed, state.params)]
+            before = [
+                table.clone() for table in (state.token_ids, state.block_tables, state.num_computed, state.params)
+            ]
             runner.capture_graphs(call_again)
             assert runner.graphs is not None
             assert (runner.attention.kv_cache() == 7.0).all()
@@ -243,8 +248,11 @@ def test_nothing_on_the_way_of_a_step_waits_for_the_device(tiny_checkpoint: Path
         assert sample is not None
         assert len(step.prompt_logprobs) == 1 + 1  # of slots 0 and 1
         logits = torch.randn(2, 211)
-        assert state.rules.apply(
-            logits, sample.slots, sample.slot_index, sample.rows.positions, sample.longest, state.token_ids
-        ) == {}
+        assert (
+            state.rules.apply(
+                logits, sample.slots, sample.slot_index, sample.rows.positions, sample.longest, state.token_ids
+            )
+            == {}
+        )
         state.append(sample, torch.tensor([3, -1]))
         state.apply(StepPlan(released=[0, 1, 2]))

@@ -165,6 +165,22 @@ class TestDecode:
         expected = torch.cat([naive(q[i : i + 1].cpu(), cache.k[i].cpu(), cache.v[i].cpu()) for i in range(2)])
         assert_near(out, expected, torch.float32)
 
+    @pytest.mark.parametrize("programs", [1, 48])
+    def test_few_long_items_and_many_short_ones(self, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(paged_decode, "PROGRAMS_PER_SM", programs)
+        monkeypatch.setattr(paged_decode, "ITEMS_PER_SM", programs)
+        monkeypatch.setattr(paged_decode, "RESIDENT", programs)
+        contexts = [1500, 3, 700]
+        cache = Cache(Shape(1, 2, 64, 32, torch.float32), contexts, 4)
+        work = plan_decode(int32(contexts), int32([0, 1, 2]), None, 1504, 2, 1, 64)
+        if DEVICE.type == "cpu":
+            longest = (work.items[3] - work.items[2])[: int(work.first_items[-1])].max()
+            assert longest >= 500 if programs == 1 else longest == paged_decode.TILE
+        q, out = cache.queries(3, apart=False), torch.empty(3, 2, 64, device=DEVICE)
+        paged_decode.paged_decode(q, cache.keys, cache.values, cache.tables, work, 0.125, out)
+        expected = torch.cat([naive(q[i : i + 1].cpu(), cache.k[i].cpu(), cache.v[i].cpu()) for i in range(3)])
+        assert_near(out, expected, torch.float32)
+
     def test_64_bit_tables_and_slots(self) -> None:
         shape = Shape(2, 2, 64, 32, torch.float32)
         cache = Cache(shape, [40, 100], 2)
@@ -205,7 +221,6 @@ class TestDecodePlan:
                 assert start % paged_decode.TILE == 0
                 covered = end
             assert covered == context
-        assert all(parts == 0 for *_, parts in items[firsts[-1] :])
         return items[: firsts[-1]]
 
     @many
@@ -229,8 +244,14 @@ class TestDecodePlan:
     def test_one_long_row_among_short_ones_is_split(self) -> None:
         items = self.check([10] * 30 + [100_000] + [7] * 30, 100_000)
         longest = max(end - start for _, _, start, end, _ in items)
-        target = paged_decode._multiprocessors(DEVICE) * paged_decode.PROGRAMS_PER_SM // 2
+        target = paged_decode._multiprocessors(DEVICE) * paged_decode.ITEMS_PER_SM // 2
         assert longest <= 100_510 / target + 2 * paged_decode.TILE
+
+    def test_little_work_is_for_one_program_a_place(self) -> None:
+        """What each multiprocessor holds at a time is enough of items."""
+        places = paged_decode._multiprocessors(DEVICE) * paged_decode.RESIDENT // 2
+        assert len(self.check([places * 128], 4096)) == places
+        assert len(self.check([64], 4096)) == 1
 
     def test_a_total_beyond_32_bits(self) -> None:
         self.check([2**30] * 5, 2**30)

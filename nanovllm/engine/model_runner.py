@@ -99,7 +99,8 @@ class ModelRunner:
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the weights of {model_config.path} in {self.dtype} do not fit {self.device}: "
-                f"{memory_summary(self.device)} (end other processes on the device, choose a smaller dtype or another device)"
+                f"{memory_summary(self.device)} (end other processes on the device, choose a smaller dtype or "
+                "another device)"
             ) from error
         self.model.eval()
         pack_weights(self.model)

@@ -2,9 +2,9 @@
 
 A step of few rows, or of rows of very different length, would leave most of the GPU idle if a row were one piece of
 work. So a planning kernel, run once a step, cuts the contexts into items of about equal length: enough of them to fill
-the device several times over, and no more, since rows of several items leave partial results that a second kernel has
-to combine (Dao et al., Flash-Decoding, 2023). The host knows nothing but the number of rows: grids have a fixed size,
-and programs without an item return at once. That makes a step the same from the host's side whatever it computes, so
+the device, and no more, since rows of several items leave partial results that a second kernel has to combine (Dao et
+al., Flash-Decoding, 2023). The host knows nothing but the number of rows: it launches as many programs as that allows
+for, and they find their items on the device. That makes a step the same from the host's side whatever it computes, so
 CUDA graphs can capture it.
 """
 
@@ -22,11 +22,19 @@ from nanovllm.kernels import is_interpreted
 TILE = 64
 # The same of float32, which tensor cores do not multiply exactly: products of larger tiles exceed the registers.
 EXACT_TILE = 16
-# Programs a multiprocessor runs in the course of a launch, about: with 3 resident at a time, some 16 after each other,
-# so that the last ones end at about the same time. Twice as many would read 0.3 % more for their partial results.
-PROGRAMS_PER_SM = 48
-# Fewest tokens of an item: below, its start (three loads that wait for each other) costs more than its tokens.
+# Programs that a multiprocessor runs at a time: as many as fit its shared memory. Little work is cut into items for so
+# many, which then all run at once.
+RESIDENT = 2
+# Tokens of an item where there is more work: enough that its start, some loads that wait for each other, is a small
+# part of its time, and so little that the last items end at about the same time.
+CHUNK = 256
+# Fewest tokens of an item.
 MIN_CHUNK = 64
+# Most items times heads for a multiprocessor, beside one a row: it bounds the memory that partial results take.
+ITEMS_PER_SM = 48
+# Programs launched for a multiprocessor, beside one a row and head; each takes every so manieth item. Those that find
+# none cost time as well: where there is little work, they are the most.
+PROGRAMS_PER_SM = 4
 NUM_WARPS = 4
 NUM_STAGES = 3
 # Partial results that the second kernel combines at a time.
@@ -43,7 +51,7 @@ _FIELDS = 5
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["rows", "capacity", "target_items"])
+@triton.jit(do_not_specialize=["rows", "capacity", "wave_items", "most_items"])
 def _plan_kernel(
     context_lengths,
     slots,
@@ -52,9 +60,11 @@ def _plan_kernel(
     first_items,
     rows,
     capacity,
-    target_items,
+    wave_items,
+    most_items,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -64,7 +74,9 @@ def _plan_kernel(
     for first in range(0, rows, ROWS):
         row = first + lane
         sums += tl.maximum(tl.load(context_lengths + row, mask=row < rows, other=0), 0).to(tl.int64)
-    wanted = tl.maximum(tl.cdiv(tl.sum(sums, axis=0), target_items), MIN_CHUNK)
+    total = tl.sum(sums, axis=0)
+    wanted = tl.minimum(tl.maximum(tl.cdiv(total, wave_items), MIN_CHUNK), CHUNK)
+    wanted = tl.maximum(tl.cdiv(total, most_items), wanted)
     chunk = (tl.cdiv(wanted, TILE) * TILE).to(tl.int32)
 
     taken = 0
@@ -95,22 +107,20 @@ def _plan_kernel(
             tl.store(items + _PARTS * capacity + item, tl.broadcast_to(parts[:, None], (ROWS, WIDTH)), mask=mask)
         taken += tl.sum(parts, axis=0)
     tl.store(first_items + rows, taken)
-    for first in range(0, capacity, ROWS):
-        item = first + lane
-        beyond = (item >= taken) & (item < capacity)
-        tl.store(items + _PARTS * capacity + item, tl.zeros([ROWS], dtype=tl.int32), mask=beyond)
 
 
-@triton.jit(do_not_specialize=["capacity", "table_stride"])
+@triton.jit(do_not_specialize=["rows", "capacity", "table_stride"])
 def _decode_kernel(
     q,
     keys,
     values,
     block_tables,
     items,
+    first_items,
     out,
     partial_out,
     partial_lse,
+    rows,
     capacity,
     table_stride,
     scale_log2,
@@ -126,77 +136,71 @@ def _decode_kernel(
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # Programs of neighbouring heads run at the same time: a block's heads are neighbours in memory.
-    kv_head = tl.program_id(0)
-    item = tl.program_id(1)
-    parts = tl.load(items + _PARTS * capacity + item)
-    if parts == 0:
-        return
-    token = tl.load(items + _TOKEN * capacity + item).to(tl.int64)
-    slot = tl.load(items + _SLOT * capacity + item).to(tl.int64)
-    start = tl.load(items + _START * capacity + item)
-    end = tl.load(items + _END * capacity + item)
-
     # Everything is transposed, [tokens, queries]: tokens fill the 64 rows of a product, the few queries of a group
     # would leave most of them empty.
-    head = kv_head * GROUP + tl.arange(0, PADDED_GROUP)
     dim = tl.arange(0, PADDED_DIM)
     lane = tl.arange(0, TILE)
-    real_head = tl.arange(0, PADDED_GROUP) < GROUP
+    number = tl.arange(0, PADDED_GROUP)
     real_dim = dim < HEAD_DIM
-    query = tl.load(
-        q + token * Q_STRIDE + head[None, :] * HEAD_DIM + dim[:, None],
-        mask=real_head[None, :] & real_dim[:, None],
-        other=0.0,
-    )  # [dim, queries]
-    table = block_tables + slot * table_stride
-    keys += kv_head * HEAD_STRIDE
-    values += kv_head * HEAD_STRIDE
-
-    largest = tl.full([PADDED_GROUP], float("-inf"), dtype=tl.float32)
-    sums = tl.zeros([TILE, PADDED_GROUP], dtype=tl.float32)  # of weights, added up over the tokens at the end
-    attended = tl.zeros([PADDED_DIM, PADDED_GROUP], dtype=tl.float32)
-    # Blocks are looked up a tile ahead: a look-up that keys wait for in the same round would keep Triton from loading
-    # tiles ahead of their use.
+    real = (number < GROUP)[None, :] & real_dim[:, None]
     whole: tl.constexpr = BLOCK_SIZE % TILE == 0  # a tile lies in one block
-    if whole:
-        block = tl.load(table + start // BLOCK_SIZE)
-    else:
-        block = tl.load(table + (start + lane) // BLOCK_SIZE, mask=start + lane < end, other=0)
-    for first in range(start, end, TILE):
-        position = first + lane
-        # What lies beyond the context is never read: weight 0 would not make it harmless, 0 times infinity is NaN.
-        seen = position < end
-        place = block.to(tl.int64) * BLOCK_STRIDE + (position % BLOCK_SIZE) * TOKEN_STRIDE
-        if whole:
-            block = tl.load(table + (first + TILE) // BLOCK_SIZE, mask=first + TILE < end, other=0)
-        else:
-            block = tl.load(table + (position + TILE) // BLOCK_SIZE, mask=position + TILE < end, other=0)
-        offset = place[:, None] + dim[None, :]
-        mask = seen[:, None] & real_dim[None, :]
-        key = tl.load(keys + offset, mask=mask, other=0.0)  # [tokens, dim]
-        value = tl.load(values + offset, mask=mask, other=0.0)
-        scores = tl.dot(key, query, input_precision="ieee") * scale_log2
-        scores = tl.where(seen[:, None], scores, float("-inf"))  # [tokens, queries]
-        new_largest = tl.maximum(largest, tl.max(scores, axis=0))
-        weights = tl.exp2(scores - new_largest[None, :])
-        shrink = tl.exp2(largest - new_largest)
-        sums = sums * shrink[None, :] + weights
-        attended *= shrink[None, :]
-        attended = tl.dot(tl.trans(value), weights.to(value.dtype), attended, input_precision="ieee")
-        largest = new_largest
+    num_items = tl.load(first_items + rows)
 
-    total = tl.sum(sums, axis=0)
-    attended = attended / total[None, :]
-    inside = head[None, :] * HEAD_DIM + dim[:, None]
-    mask = real_head[None, :] & real_dim[:, None]
-    if parts == 1:
-        target = out + token * (KV_HEADS * GROUP * HEAD_DIM) + inside
-        tl.store(target, attended.to(out.dtype.element_ty), mask=mask)
-    else:
-        wide = item.to(tl.int64)
-        tl.store(partial_out + wide * (KV_HEADS * GROUP * HEAD_DIM) + inside, attended, mask=mask)
-        tl.store(partial_lse + wide * (KV_HEADS * GROUP) + head, largest + tl.log2(total), mask=real_head)
+    # Heads of an item are neighbours, so that they run at the same time: they are neighbours in each block too.
+    for index in range(tl.program_id(0), num_items * KV_HEADS, tl.num_programs(0)):
+        item = index // KV_HEADS
+        kv_head = index % KV_HEADS
+        token = tl.load(items + _TOKEN * capacity + item).to(tl.int64)
+        slot = tl.load(items + _SLOT * capacity + item).to(tl.int64)
+        start = tl.load(items + _START * capacity + item)
+        end = tl.load(items + _END * capacity + item)
+        parts = tl.load(items + _PARTS * capacity + item)
+        head = kv_head * GROUP + number
+        inside = head[None, :] * HEAD_DIM + dim[:, None]
+        query = tl.load(q + token * Q_STRIDE + inside, mask=real, other=0.0)  # [dim, queries]
+        table = block_tables + slot * table_stride
+
+        largest = tl.full([PADDED_GROUP], float("-inf"), dtype=tl.float32)
+        sums = tl.zeros([TILE, PADDED_GROUP], dtype=tl.float32)  # of weights, added up over the tokens at the end
+        attended = tl.zeros([PADDED_DIM, PADDED_GROUP], dtype=tl.float32)
+        # Blocks are looked up a tile ahead: a look-up that keys wait for in the same round would keep Triton from
+        # loading tiles ahead of their use.
+        if whole:
+            block = tl.load(table + start // BLOCK_SIZE)
+        else:
+            block = tl.load(table + (start + lane) // BLOCK_SIZE, mask=start + lane < end, other=0)
+        for first in range(start, end, TILE):
+            position = first + lane
+            # What lies beyond the context is not read: weight 0 would not make it harmless, 0 times infinity is NaN.
+            seen = position < end
+            place = block.to(tl.int64) * BLOCK_STRIDE + (position % BLOCK_SIZE) * TOKEN_STRIDE
+            if whole:
+                block = tl.load(table + (first + TILE) // BLOCK_SIZE, mask=first + TILE < end, other=0)
+            else:
+                block = tl.load(table + (position + TILE) // BLOCK_SIZE, mask=position + TILE < end, other=0)
+            offset = (place + kv_head * HEAD_STRIDE)[:, None] + dim[None, :]
+            mask = seen[:, None] & real_dim[None, :]
+            key = tl.load(keys + offset, mask=mask, other=0.0)  # [tokens, dim]
+            value = tl.load(values + offset, mask=mask, other=0.0)
+            scores = tl.dot(key, query, input_precision="ieee") * scale_log2
+            scores = tl.where(seen[:, None], scores, float("-inf"))  # [tokens, queries]
+            new_largest = tl.maximum(largest, tl.max(scores, axis=0))
+            weights = tl.exp2(scores - new_largest[None, :])
+            shrink = tl.exp2(largest - new_largest)
+            sums = sums * shrink[None, :] + weights
+            attended *= shrink[None, :]
+            attended = tl.dot(tl.trans(value), weights.to(value.dtype), attended, input_precision="ieee")
+            largest = new_largest
+
+        total = tl.sum(sums, axis=0)
+        attended = attended / total[None, :]
+        if parts == 1:
+            target = out + token * (KV_HEADS * GROUP * HEAD_DIM) + inside
+            tl.store(target, attended.to(out.dtype.element_ty), mask=real)
+        else:
+            wide = item.to(tl.int64) * (KV_HEADS * GROUP)
+            tl.store(partial_out + wide * HEAD_DIM + inside, attended, mask=real)
+            tl.store(partial_lse + wide + head, largest + tl.log2(total), mask=number < GROUP)
 
 
 @triton.jit
@@ -260,7 +264,7 @@ class DecodeWork:
     Args:
         rows: Rows of the step.
         items: [5, capacity], int32: each item's token of the step, line of the block tables, first position, end, and
-            the number of items of its row; that is 0 where there is no item.
+            the number of items of its row; there are as many as ``first_items`` ends with.
         first_items: [rows + 1], int32: each row's first item; row i has those up to the next row's.
         tokens: [rows], int32: each row's token in the step; None if row i is token i.
         partial_out: [capacity, num_heads, head_dim], float32.
@@ -296,9 +300,10 @@ def plan_decode(
         head_dim: Elements of a head.
     """
     rows, device = context_lengths.shape[0], context_lengths.device
-    target = max(1, _multiprocessors(device) * PROGRAMS_PER_SM // num_kv_heads)
+    multiprocessors = _multiprocessors(device)
+    most = max(1, multiprocessors * ITEMS_PER_SM // num_kv_heads)
     # Rounding up adds at most an item a row.
-    capacity = max(1, min(target + rows, rows * -(-max_context // MIN_CHUNK)))
+    capacity = max(1, min(most + rows, rows * -(-max_context // MIN_CHUNK)))
     work = DecodeWork(
         rows=rows,
         items=torch.empty(_FIELDS, capacity, dtype=torch.int32, device=device),
@@ -317,9 +322,11 @@ def plan_decode(
             work.first_items,
             rows,
             capacity,
-            target,
+            max(1, multiprocessors * RESIDENT // num_kv_heads),
+            most,
             TILE=TILE,
             MIN_CHUNK=MIN_CHUNK,
+            CHUNK=CHUNK,
             HAS_TOKENS=tokens is not None,
             ROWS=64 if few else 1024,
             WIDTH=16 if few else 2,
@@ -356,15 +363,18 @@ def paged_decode(
     capacity, group = work.items.shape[1], heads // kv_heads
     padded_group = max(16, triton.next_power_of_2(group))
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    _decode_kernel[(kv_heads, capacity)](
+    programs = min(capacity * kv_heads, _multiprocessors(q.device) * PROGRAMS_PER_SM + work.rows * kv_heads)
+    _decode_kernel[(programs,)](
         q,
         keys,
         values,
         block_tables,
         work.items,
+        work.first_items,
         out,
         work.partial_out,
         work.partial_lse,
+        work.rows,
         capacity,
         block_tables.stride(0),
         scale * _LOG2_E,
@@ -443,9 +453,10 @@ def compile_cases() -> list[dict[str, Any]]:
         _plan_kernel,
         "plan",
         dict.fromkeys(("context_lengths", "slots", "tokens", "items", "first_items"), "*i32"),
-        dict.fromkeys(("rows", "capacity", "target_items"), "i32"),
+        dict.fromkeys(("rows", "capacity", "wave_items", "most_items"), "i32"),
         TILE=TILE,
         MIN_CHUNK=MIN_CHUNK,
+        CHUNK=CHUNK,
         HAS_TOKENS=True,
         ROWS=1024,
         WIDTH=2,
@@ -468,8 +479,8 @@ def compile_cases() -> list[dict[str, Any]]:
         case(
             _decode_kernel,
             f"decode {dtype} {kv_heads}x{group}x{head_dim}, blocks of {block_size}",
-            {**tensors, "block_tables": "*i32", "items": "*i32"},
-            {"capacity": "i32", "table_stride": "i32", "scale_log2": "fp32"},
+            {**tensors, "block_tables": "*i32", "items": "*i32", "first_items": "*i32"},
+            {"rows": "i32", "capacity": "i32", "table_stride": "i32", "scale_log2": "fp32"},
             Q_STRIDE=kv_heads * (group + 2) * head_dim,
             BLOCK_STRIDE=kv_heads * block_size * head_dim,
             HEAD_STRIDE=block_size * head_dim,

@@ -77,8 +77,8 @@ def _prefill_kernel(
     KEY_TILE: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
 ):
-    kv_head = tl.program_id(0)
-    tile = tl.program_id(1)
+    kv_head = tl.program_id(0) % (HEADS // GROUP)
+    tile = tl.program_id(0) // (HEADS // GROUP)
     token = tl.load(tiles + _TOKEN * num_tiles + tile).to(tl.int64)
     position = tl.load(tiles + _POSITION * num_tiles + tile)
     count = tl.load(tiles + _COUNT * num_tiles + tile)
@@ -205,7 +205,7 @@ def paged_prefill(
     heads, head_dim = q.shape[1:]
     kv_heads, block_size = keys.shape[1:3]
     group = heads // kv_heads
-    _prefill_kernel[(kv_heads, num_tiles)](
+    _prefill_kernel[(kv_heads * num_tiles,)](
         q,
         keys,
         values,
