@@ -84,7 +84,9 @@ def findings(check: Check) -> Result:
 
 def save_to(path: Path) -> Callable[[Check], None]:
     def save(check: Check) -> None:
-        path.write_text(json.dumps({**findings(check), "earlier": check.earlier}, default=str))
+        new = path.with_suffix(".new")  # whoever ends this process must find the file whole
+        new.write_text(json.dumps({**findings(check), "earlier": check.earlier}, default=str))
+        new.replace(path)
 
     return save
 
@@ -209,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.out / "gpu_check.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
         (args.out / "gpu_check.txt").write_text(table(report))
         print(f"{name}: {'ok' if stage['ok'] else 'FAILED'} in {stage['seconds']:.1f} s", flush=True)
-    (args.out / STAGE_FILE).unlink(missing_ok=True)
+    for left in (args.out / STAGE_FILE, (args.out / STAGE_FILE).with_suffix(".new")):
+        left.unlink(missing_ok=True)
     print(table(report), end="")
     return 0 if all(stage["ok"] for stage in report["stages"].values()) else 1
 

@@ -120,6 +120,7 @@ class DecodeGraphs:
         size = self.sizes[bisect.bisect_left(self.sizes, rows)]
         wanted = slots + [-1] * (size - rows)
         if self._slots_sent[:size] != wanted:
+            self._slots_sent[0] = -2  # an interrupt before they are noted must not leave the old ones noted
             self.slots[:size] = to_device(wanted, torch.int32, self.slots.device)
             self._slots_sent[:size] = wanted
         self._replays[size]()

@@ -4,8 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +81,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # finished, of requests without an owner
         self._in_flight: deque[_Step] = deque()  # launched, what they give not yet taken in; oldest first
-        self._landed = 0.0  # when the last one was
+        self._launching = 0.0  # seconds spent in calls that launched a step and took in none, since the last that did
         self._num_requests = 0
         self._num_sequences = 0
         self._lock = threading.RLock()
@@ -160,7 +159,7 @@ class LLMEngine:
         """
         if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id is {request_id!r} ({type(request_id).__name__}); it must be a string")
-        with self._change():
+        with _Turn(self), self._lock, _Change(self):
             if request_id is None:
                 request_id = str(self._num_requests)
                 while request_id in self._requests:  # the user gave that name to another request
@@ -200,12 +199,15 @@ class LLMEngine:
 
         For an owner for whom something came while another thread's step was waited for, nothing is run.
         """
-        with self._change():
+        with _Turn(self), self._lock, _Change(self):
             if owner is not None and owner.inbox:
                 return
+            started = time.perf_counter()
             launched = self._launch()
             if self._in_flight and (not launched or len(self._in_flight) > self.runner.overlap_depth):
-                self._land()
+                self._land(started)
+            else:
+                self._launching += time.perf_counter() - started
             if self._aborting:
                 aborting, self._aborting = self._aborting, []
                 self._abort(aborting, deferred=True)
@@ -216,7 +218,6 @@ class LLMEngine:
         """Plan the next step and hand it to the device; returns whether there was any."""
         while (plan := self.scheduler.schedule()) is not None:
             logger.debug("step: %s", plan)
-            started = time.perf_counter()
             try:
                 handle = self.runner.execute(plan)
             except DeviceMemoryError as error:
@@ -230,17 +231,19 @@ class LLMEngine:
                     self.scheduler.max_num_running,
                 )
                 continue
-            self._in_flight.append(_Step(plan, handle, started))
+            self._in_flight.append(_Step(plan, handle))
             return True
         return False
 
-    def _land(self) -> None:
-        """Take in what the oldest step in flight gives."""
+    def _land(self, started: float) -> None:
+        """Take in what the oldest step in flight gives; the call that does so began at ``started``."""
         step = self._in_flight.popleft()
         advanced = self.scheduler.update(step.plan, step.handle.result())
         now = time.perf_counter()
-        self.counters.count_step(step.plan, len(advanced), now - max(step.started, self._landed))
-        self._landed = now
+        # Time within calls only: with steps in flight, whoever reads a stream slowly may let time pass in between.
+        sampled = sum(seq.error is None for seq in advanced)
+        self.counters.count_step(step.plan, sampled, self._launching + now - started)
+        self._launching = 0.0
         for seq in advanced:
             self._follow(seq, now)
         for seq in advanced:
@@ -262,7 +265,7 @@ class LLMEngine:
         if self._is_inside_a_change():
             self._aborting.append(request_id)
             return None
-        with self._change():
+        with _Turn(self), self._lock, _Change(self):
             outputs = self._abort([request_id])
         return outputs[0] if outputs else None
 
@@ -271,7 +274,7 @@ class LLMEngine:
         if self._is_inside_a_change():  # a generator that is collected there
             self._aborting.extend(self._requests_of(owner))
         elif not self._closed:
-            with self._change():
+            with _Turn(self), self._lock, _Change(self):
                 self._abort(self._requests_of(owner))
 
     def reset(self) -> None:
@@ -283,7 +286,7 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        with self._change():
+        with _Turn(self), self._lock, _Change(self):
             self.scheduler.block_manager.reset_prefix_cache()
 
     def close(self) -> None:
@@ -331,19 +334,6 @@ class LLMEngine:
             "time_to_first_token": percentiles(counters.first_token_seconds),
             "time_per_output_token": percentiles(counters.output_token_seconds),
         }
-
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        """Changing what the engine holds: one thread at a time, and to the end, or else everything is dropped.
-
-        A change that was interrupted is cleared away at once, and should that be interrupted too, by the next one.
-        """
-        self._refuse_inside_a_step()
-        me = threading.get_ident()
-        self._queue.add(me)
-        with self._lock, _Guard(self):
-            self._queue.discard(me)
-            yield
 
     def _recover(self, cause: BaseException) -> None:
         """Drop all requests, and tell their owners why."""
@@ -406,7 +396,8 @@ class LLMEngine:
 
     def _follow(self, seq: Sequence, now: float) -> None:
         """Take note of a sequence's newest token: its text, and whether that ends it."""
-        seq.metrics.first_token_time = seq.metrics.first_token_time or now
+        if seq.num_output_tokens:
+            seq.metrics.first_token_time = seq.metrics.first_token_time or now
         stop = self._requests[seq.request_id].follow(seq)
         if stop is not None:
             self.scheduler.finish(seq, "stop")
@@ -470,17 +461,36 @@ class _Step:
 
     plan: StepPlan
     handle: StepHandle
-    started: float
 
 
-class _Guard:
-    """Around a change of what the engine holds: whatever cuts it short drops everything. Its lock is held."""
+class _Turn:
+    """Waiting for the lock of an engine, and then holding it: those who run steps make way for whoever waits."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.engine = engine
+
+    def __enter__(self) -> None:
+        self.engine._refuse_inside_a_step()
+        self.engine._queue.add(threading.get_ident())
+
+    def __exit__(self, *error: object) -> None:
+        self.engine._queue.discard(threading.get_ident())
+
+
+class _Change:
+    """Changing what an engine holds: to the end, or else everything is dropped. Its lock is held.
+
+    A change that was interrupted is cleared away at once, and should that be interrupted too, by the next one. (Not a
+    generator with ``contextlib``: interrupted on its way in or out, it would keep the lock as long as the traceback
+    lives.)
+    """
 
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
 
     def __enter__(self) -> None:
         engine = self.engine
+        engine._queue.discard(threading.get_ident())
         engine._refuse_if_closed()
         if engine._broken is not None:
             engine._recover(engine._broken)

@@ -390,6 +390,8 @@ class Scheduler:
         Returns whether ``seq`` itself is still resident.
         """
         manager = self.block_manager
+        if num_tokens <= len(seq.block_table) * manager.block_size:
+            return True  # nearly every decode step
         while manager.blocks_needed(num_tokens) - len(seq.block_table) > manager.num_free_blocks:
             victim = self.running[-1]
             self._preempt(victim)

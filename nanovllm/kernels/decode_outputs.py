@@ -77,11 +77,14 @@ def decode_outputs_reference(
     """:func:`decode_outputs` by torch's operators."""
     is_row = slots >= 0
     sampled.copy_(tokens.masked_fill(~is_row, -1))
-    place = num_computed[slots.long().clamp(min=0)].long() + 1
+    lines = slots.long().clamp(min=0)
+    place = num_computed[lines].long() + 1
     fits = is_row & (place >= 0) & (place < token_ids.shape[1])
-    lines, place = slots[fits].long(), place[fits]
-    token_ids[lines, place] = tokens[fits].clamp(min=0).int()
-    num_computed[lines] = place.int()
+    place = place.clamp(0, token_ids.shape[1] - 1)
+    # Differences are added, 0 for what is not written: a mask as an index would make the host wait for it.
+    written = tokens.clamp(min=0).int() - token_ids[lines, place]
+    token_ids.index_put_((lines, place), written.where(fits, 0), accumulate=True)
+    num_computed.index_put_((lines,), fits.int(), accumulate=True)
 
 
 def compile_cases() -> list[dict[str, Any]]:

@@ -435,8 +435,9 @@ def _variant(dtype: torch.dtype, padded_group: int, padded_dim: int) -> dict[str
     """How the kernel is compiled, so that neither registers nor shared memory run out."""
     if dtype == torch.float32 and not is_interpreted():  # which is as slow with small tiles as with large
         return {"TILE": EXACT_TILE, "num_warps": 4 if padded_dim <= 128 else 8, "num_stages": 3}
-    num_warps = NUM_WARPS if padded_group < 64 else 8
-    return {"TILE": TILE, "num_warps": num_warps, "num_stages": NUM_STAGES if padded_dim <= 128 else 2}
+    large = padded_group >= 64 or padded_dim > 128
+    tile = TILE // 2 if large else TILE
+    return {"TILE": tile, "num_warps": NUM_WARPS if padded_group < 64 else 8, "num_stages": NUM_STAGES}
 
 
 def compile_cases() -> list[dict[str, Any]]:

@@ -132,10 +132,9 @@ def _prefill_kernel(
         weights, largest, sums, attended = _weigh(scores, largest, sums, attended)
         # Weight 0 does not make an infinity harmless: where a value has overflowed, those before it must not get NaN,
         # since their keys and values may be a beginning that others share. Those that see it get NaN, as they should.
-        finite = tl.abs(value.to(tl.float32)) < float("inf")
-        broken = tl.max(tl.where(finite, 0, 1), axis=1) > 0  # [keys]
+        broken = tl.max(tl.where(tl.abs(value.to(tl.float32)) < float("inf"), 0, 1), axis=1) > 0  # [keys]
         weights = tl.where(seen & broken[None, :], float("nan"), weights)
-        value = tl.where(finite, value, 0.0).to(values.dtype.element_ty)
+        value = tl.where(broken[:, None], 0.0, value).to(values.dtype.element_ty)
         attended = tl.dot(weights.to(value.dtype), value, attended, input_precision="ieee")
 
     attended = attended / sums[:, None]
