@@ -58,6 +58,7 @@ def open_llm(checkpoint: Path, **limits: Any) -> LLM:
 def open_captured(checkpoint: Path, capture: cuda_graphs.Capture = call_again, **limits: Any) -> LLM:
     llm = open_llm(checkpoint, attention_backend="triton", **limits)
     llm.engine.runner.capture_graphs(capture)
+    llm.engine.runner.draws_apart = True
     return llm
 
 

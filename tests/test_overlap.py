@@ -220,6 +220,17 @@ class TestMemory:
             assert llm.get_metrics()["kvcache_blocks_used"] == 0
             assert llm.generate(PROMPTS[:1], params, use_tqdm=False)[0]["token_ids"] == expected
 
+    def test_the_next_call_tries_steps_of_full_size_again(self, tiny_checkpoint: Path) -> None:
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+        with open_llm(tiny_checkpoint) as llm:
+            late, scheduler = make_late(llm), llm.engine.scheduler
+            full = scheduler.max_num_batched_tokens, scheduler.max_num_running
+            late.refuse_at = {0: DeviceMemoryError("a step does not fit")}
+            llm.generate(PROMPTS, params, use_tqdm=False)
+            assert (scheduler.max_num_batched_tokens, scheduler.max_num_running) != full
+            llm.generate(PROMPTS, params, use_tqdm=False)
+            assert (scheduler.max_num_batched_tokens, scheduler.max_num_running) == full
+
     def test_torch_running_out_of_memory_names_the_knobs(
         self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

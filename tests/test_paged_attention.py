@@ -455,9 +455,17 @@ class TestTritonBackend:
 
     def test_small_heads_are_for_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec = replace(SPEC, device=torch.device("cuda"), dtype=torch.bfloat16)
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        pretend_gpu(monkeypatch)
         assert "head_dim 16" in (TritonAttention.why_not(spec) or "")
         assert TritonAttention.why_not(replace(spec, head_dim=128)) is None
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that kernels can be launched on, as far as the choice of a backend goes."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for module in ("triton", "flash_attn"):
+        reason = lambda device: None if device.type == "cuda" else f"triton has no kernels for {device.type}"  # noqa: E731
+        monkeypatch.setattr(f"nanovllm.attention.{module}.why_no_triton", reason)
 
 
 def fake_flash_attn() -> ModuleType:
@@ -588,6 +596,7 @@ class TestFlashAttention:
     def test_what_it_does_not_serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec = AttentionSpec(2, 16, 8, 128, torch.bfloat16, torch.device("cuda"), 256)
         capability = (9, 0)
+        pretend_gpu(monkeypatch)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         assert FlashAttention.why_not(spec) is None
         assert FlashAttention.why_not(replace(spec, block_size=None)) is None
@@ -612,7 +621,7 @@ class TestSelection:
 
     def test_a_gpu_gets_triton_unless_it_cannot(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec = AttentionSpec(2, 16, 8, 128, torch.bfloat16, torch.device("cuda"))
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        pretend_gpu(monkeypatch)
         monkeypatch.setattr("nanovllm.attention.flash_attn.find_spec", lambda _: None)
         assert select_backend("auto", spec) is TritonAttention
         assert select_backend("auto", replace(spec, head_dim=32)) is BACKENDS["matmul"]

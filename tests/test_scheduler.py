@@ -183,7 +183,7 @@ def test_a_preempted_sequence_resumes_with_all_its_tokens_and_reuses_its_prefix(
     simulation.abort(old)
     plan = simulation.step()
     assert plan is not None
-    assert plan.entered[0].token_ids == known
+    assert list(plan.entered[0].token_ids) == known
     [(_, start, length, samples)] = rows(plan)
     assert samples
     assert start + length == len(known)
@@ -380,7 +380,7 @@ def test_a_sequence_preempted_with_a_token_in_flight_waits_for_it_and_loses_noth
     assert young in simulation.land()
     plan = simulation.launch()
     assert plan is not None
-    assert plan.entered[0].token_ids == [*known, young.token_ids[-1]]
+    assert list(plan.entered[0].token_ids) == [*known, young.token_ids[-1]]
     simulation.run()
     simulation.check_finished()
 
@@ -478,6 +478,21 @@ class TestAdmission:
     def test_nobody_waits_longer_than_the_patience_for_others_to_end(self) -> None:
         steps = self.joined(AdmissionPolicy(vacancies=4, patience=6), waiting=4, lengths=[2, 60, 60, 60, 60, 60])
         assert [number for number, step in enumerate(steps) if step][1] == 8  # vacant from step 2 on
+
+    def test_where_blocks_run_out_before_slots_several_end_before_others_join(self) -> None:
+        def steps_with_prompts(policy: AdmissionPolicy) -> int:
+            simulation = Simulation(num_blocks=120, max_num_seqs=40, max_num_batched_tokens=500, policy=policy)
+            for number in range(60):
+                simulation.add([1, 2, 3, number % 20], 5 + number * 7 % 20)
+            count = 0
+            while simulation.scheduler.has_unfinished:
+                plan = simulation.step()
+                count += plan is not None and not plan.is_decode
+            simulation.check_finished()
+            assert simulation.scheduler.num_preemptions < 10
+            return count
+
+        assert steps_with_prompts(AdmissionPolicy(vacancies=4)) < 0.7 * steps_with_prompts(AdmissionPolicy())
 
     def test_prompts_go_first_and_alone_where_steps_are_not_mixed(self) -> None:
         simulation = Simulation(num_blocks=500, max_num_batched_tokens=16, policy=AdmissionPolicy(mixed=False))

@@ -127,7 +127,7 @@ Settings = dict[str, int]
 
 def check_tune(check: Check) -> None:
     """The backends side by side, and the attention kernels over a grid of their settings."""
-    reason = why_no_triton(check.device.type)
+    reason = why_no_triton(check.device)
     if reason is not None:
         check.note("tune", f"not here: {reason}")
         return

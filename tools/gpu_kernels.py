@@ -62,7 +62,7 @@ def check_device(check: Check) -> None:
 
 def check_kernels(check: Check) -> None:
     """Each Triton kernel against its torch reference at the shapes of Qwen3-0.6B, and its share of the bandwidth."""
-    reason = why_no_triton(check.device.type)
+    reason = why_no_triton(check.device)
     if reason is not None:
         check.note("kernels", f"not here: {reason}")
         return

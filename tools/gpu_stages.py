@@ -170,7 +170,7 @@ def compare_answers(check: Check, backend: str, expected: list[list[int]]) -> st
 
 def check_graphs(check: Check) -> None:
     """Captured decode steps against the same operations launched one by one, and what happens if capturing fails."""
-    reason = why_no_triton(check.device.type)
+    reason = why_no_triton(check.device)
     if reason is not None:
         check.note("graphs", f"not here: {reason}")
         return

@@ -28,11 +28,17 @@ def select_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend]:
     names = [name]
     if name == "auto":  # without a GPU, kernels could only be interpreted, which is to be asked for by name
         names = list(BACKENDS) if spec.device.type == "cuda" else [MatmulAttention.name]
-    reasons = []
+    reasons: list[str] = []
     for candidate in (BACKENDS[one] for one in names):
         reason = candidate.why_not(spec)
         if reason is None:
-            logger.debug("attention backend %s for %s", candidate.name, spec)
+            # On CUDA the fallback is slow enough to be asked about.
+            level = logging.WARNING if reasons and candidate is MatmulAttention and _is_cuda(spec) else logging.DEBUG
+            logger.log(level, "attention backend %s for %s (%s)", candidate.name, spec, "; ".join(reasons))
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
     raise ValueError(f"no attention backend serves {spec}: {'; '.join(reasons)}")
+
+
+def _is_cuda(spec: AttentionSpec) -> bool:
+    return spec.device.type == "cuda"

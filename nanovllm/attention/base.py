@@ -154,6 +154,9 @@ class AttentionBackend(ABC):
         """Prepare a step of which the host knows only the number of rows: without a copy to or from the host."""
         raise NotImplementedError(f"{self.name} needs to know the context lengths on the host")
 
+    def warm_up(self) -> None:  # noqa: B027  # most have nothing to do
+        """Have compiled what only some steps need, so that none of them waits for it."""
+
     def kv_cache(self) -> Any:
         """The cache tensor, or None before it is allocated. For tests and diagnostics."""
         return None

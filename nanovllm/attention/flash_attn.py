@@ -47,7 +47,7 @@ class FlashAttention(AttentionBackend):
             return f"flash_attn has no kernels for {spec.device.type}"
         if torch.cuda.get_device_capability(spec.device) < (8, 0):
             return "the GPU is older than Ampere"
-        return why_no_triton(spec.device.type) or cls._why_not_shape(spec)
+        return why_no_triton(spec.device) or cls._why_not_shape(spec)
 
     @staticmethod
     def _why_not_shape(spec: AttentionSpec) -> str | None:

@@ -1,4 +1,4 @@
-"""Attention by our own Triton kernels over the paged cache: any NVIDIA GPU that Triton serves.
+"""Attention by our own Triton kernels over the paged cache: NVIDIA GPUs from Ampere (sm_80) on.
 
 Rows of one query each go to one kernel, which splits long contexts, and rows of several to another. Both read keys and
 values from the cache, into which the step's own are written first. Keys and values are stored head-major, ``[blocks,
@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # Triton is imported when a backend is made
     from nanovllm.kernels.paged_decode import DecodeWork
 
 
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
+
 class TritonAttention(AttentionBackend):
     """The ``triton`` backend: float32, float16 and bfloat16, heads of 64 to 256, blocks of a power of two."""
 
@@ -45,10 +48,11 @@ class TritonAttention(AttentionBackend):
             spec.dtype, spec.num_heads, spec.num_kv_heads, spec.head_dim
         )
         self.cache: torch.Tensor | None = None  # [layers, 2, blocks, kv_heads, block_size, head_dim]
+        self.layers: Layers = []  # its keys and values, taken apart once
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
-        reason = why_no_triton(spec.device.type)
+        reason = why_no_triton(spec.device)
         if reason is not None:
             return reason
         if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -66,6 +70,7 @@ class TritonAttention(AttentionBackend):
     def allocate_cache(self, num_blocks: int) -> None:
         # Not zeroed: that would touch all of it at once, and what lies beyond a context is never read.
         self.cache = self._new_cache(self.spec.num_layers, num_blocks)
+        self.layers = [(keys, values) for keys, values in self.cache]
 
     def _new_cache(self, num_layers: int, num_blocks: int) -> torch.Tensor:
         spec = self.spec
@@ -75,13 +80,18 @@ class TritonAttention(AttentionBackend):
     def begin_step(self, metadata: AttentionMetadata) -> TritonStep:
         if self.cache is None:
             return self._begin_without_cache(metadata)
-        return self._begin(metadata, self.cache)
+        return self._begin(metadata, self.layers)
 
     def begin_decode(self, metadata: DecodeMetadata) -> TritonStep:
         assert self.cache is not None
         max_context = metadata.block_tables.shape[1] * self.block_size
         work = self._plan_decode(metadata.context_lengths, metadata.slots, None, max_context)
-        return TritonStep(self, self.cache, metadata.block_tables, metadata.slot_mapping, decode=work)
+        return TritonStep(self, self.layers, metadata.block_tables, metadata.slot_mapping, decode=work)
+
+    def warm_up(self) -> None:
+        for rows in (1, 65):  # planned by two variants
+            numbers = torch.zeros(rows, dtype=torch.int32, device=self.spec.device)
+            self._plan_decode(numbers, numbers, numbers, self.block_size)
 
     def kv_cache(self) -> torch.Tensor | None:
         return self.cache
@@ -94,7 +104,7 @@ class TritonAttention(AttentionBackend):
             context_lengths, slots, tokens, max_context, spec.num_heads, spec.num_kv_heads, spec.head_dim
         )
 
-    def _begin(self, metadata: AttentionMetadata, cache: torch.Tensor) -> TritonStep:
+    def _begin(self, metadata: AttentionMetadata, layers: Layers) -> TritonStep:
         """Plan a step of rows with known lengths, with one copy to the device."""
         queries = np.array(metadata.query_lengths, dtype=np.int32)
         contexts = np.array(metadata.context_lengths, dtype=np.int32)
@@ -108,10 +118,10 @@ class TritonAttention(AttentionBackend):
         pieces = [contexts[decodes], padding, tokens[decodes], padding, decodes, padding, tiles.ravel()]
         numbers = to_device(np.concatenate(pieces), torch.int32, self.spec.device)
         count, padded = len(decodes), len(decodes) + len(padding)
-        step = TritonStep(self, cache, metadata.block_tables, metadata.slot_mapping, slots=metadata.slots)
+        step = TritonStep(self, layers, metadata.block_tables, metadata.slot_mapping, slots=metadata.slots)
         if count > 0:
             context_lengths, decode_tokens, rows = (numbers[i * padded :][:count] for i in range(3))
-            slots = rows if metadata.slots is None else metadata.slots.index_select(0, rows)
+            slots = rows if metadata.slots is None else metadata.slots.index_select(0, rows).to(torch.int32)
             step.decode = self._plan_decode(context_lengths, slots, decode_tokens, int(contexts[decodes].max()))
         if len(prefills) > 0:
             step.tiles = numbers[3 * padded :].view(4, -1)
@@ -130,8 +140,8 @@ class TritonAttention(AttentionBackend):
             to_device(tables, torch.int32, self.spec.device),
             to_device(np.concatenate(places), torch.int64, self.spec.device),
         )
-        cache = self._new_cache(1, sum(blocks)).expand(self.spec.num_layers, -1, -1, -1, -1, -1)
-        return self._begin(step_metadata, cache)
+        keys, values = self._new_cache(1, sum(blocks))[0]
+        return self._begin(step_metadata, [(keys, values)] * self.spec.num_layers)
 
 
 class TritonStep(AttentionStep):
@@ -139,7 +149,7 @@ class TritonStep(AttentionStep):
 
     Args:
         backend: Whose step it is.
-        cache: [layers, 2, blocks, kv_heads, block_size, head_dim].
+        layers: Each layer's keys and values, [blocks, kv_heads, block_size, head_dim].
         block_tables: [lines, blocks], int32 or int64.
         slot_mapping: [tokens], int64.
         slots: [rows]: the lines that the tiles' rows have in ``block_tables``; None if row i has line i.
@@ -149,13 +159,13 @@ class TritonStep(AttentionStep):
     def __init__(
         self,
         backend: TritonAttention,
-        cache: torch.Tensor,
+        layers: Layers,
         block_tables: torch.Tensor,
         slot_mapping: torch.Tensor,
         slots: torch.Tensor | None = None,
         decode: DecodeWork | None = None,
     ) -> None:
-        self.backend, self.cache, self.decode = backend, cache, decode
+        self.backend, self.layers, self.decode = backend, layers, decode
         self.block_tables, self.slot_mapping, self.slots = block_tables, slot_mapping, slots
         self.tiles: torch.Tensor | None = None  # [4, tiles], of rows of several queries
 
@@ -164,12 +174,11 @@ class TritonStep(AttentionStep):
         return self.attend_cached(layer, q)
 
     def target(self, layer: int) -> CacheTarget:
-        keys, values = self.cache[layer]
-        return CacheTarget(keys, values, self.slot_mapping)
+        return CacheTarget(*self.layers[layer], self.slot_mapping)
 
     def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         backend, q = self.backend, _packed(q)
-        keys, values = self.cache[layer]
+        keys, values = self.layers[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if self.decode is not None:
             backend.decode_kernels.paged_decode(q, keys, values, self.block_tables, self.decode, backend.scale, out)

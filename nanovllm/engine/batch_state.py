@@ -4,6 +4,7 @@ The host tells it only changes (a :class:`StepPlan`); input ids, positions and s
 tables that stay on the device, so that a sampled token never has to travel to the host before the next step can run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,6 @@ from nanovllm.engine.logit_rules import LogitRules
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers import temperature as schedules
 from nanovllm.layers.sampler import SamplingRows
-from nanovllm.sampling_params import Schedule
 from nanovllm.utils.transfer import to_device
 
 # Columns of ``BatchState.params``: floats by their bits, then integers.
@@ -40,6 +40,21 @@ class SampleInput:
     longest: int
     logprobs: dict[int, int]
     asking: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class SpecialRows:
+    """Rows of a step that ask for more than a fixed temperature.
+
+    Args:
+        rows: Their numbers among the sampling rows.
+        slots: Their slots.
+        index: int64, their numbers on the device.
+    """
+
+    rows: list[int]
+    slots: list[int]
+    index: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -124,7 +139,9 @@ class BatchState:
         self.entries: dict[int, SlotEntry] = {}  # by slot, on the host; without their tokens and blocks
         self.rules = LogitRules(vocab_size, device)
         self._wanting_prompt_logprobs: set[int] = set()
-        self._batch: tuple[list[int], _BatchParams] | None = None  # of the last batch: most have the same rows
+        # Of the last batch: most have the same rows.
+        self._batch: tuple[list[int], _BatchParams] | None = None
+        self._special: tuple[list[int], SpecialRows | None] | None = None
 
     @staticmethod
     def num_bytes(num_slots: int, max_model_len: int, block_size: int) -> int:
@@ -137,23 +154,26 @@ class BatchState:
             self.entries.pop(slot, None)
             self.rules.release(slot)
             self._wanting_prompt_logprobs.discard(slot)
-        blocks = [(slot, index, [block]) for slot, index, block in plan.appended_blocks]
         if plan.entered:
             for entry in plan.entered:
                 self._enter(entry)
-            blocks += [(entry.slot, 0, entry.block_ids) for entry in plan.entered]
-            self._write(self.token_ids, [(entry.slot, 0, entry.token_ids) for entry in plan.entered])
+            self._write(self.token_ids, [(entry.slot, entry.token_ids) for entry in plan.entered])
+            self._write(self.block_tables, [(entry.slot, entry.block_ids) for entry in plan.entered])
             lines = to_device([_params_line(entry) for entry in plan.entered], torch.int32, self.device)
             self.params[lines[:, 0].long()] = lines[:, 1:]
-        if blocks:
-            self._write(self.block_tables, blocks)
+        if plan.appended_blocks:
+            slots, indices, blocks = np.array(plan.appended_blocks, dtype=np.int64).T
+            self._scatter(self.block_tables, slots * self.block_tables.shape[1] + indices, blocks)
 
-    def _write(self, table: torch.Tensor, pieces: list[tuple[int, int, list[int]]]) -> None:
-        """Write values into lines of a table, from a column on, in one copy: (line, column, values)."""
-        places = [np.arange(len(values)) + (line * table.shape[1] + column) for line, column, values in pieces]
-        written = np.concatenate([*places, *(np.asarray(values) for _, _, values in pieces)])
-        where, values = to_device(written, torch.int64, self.device).view(2, -1)
-        table.view(-1)[where] = values.to(table.dtype)
+    def _write(self, table: torch.Tensor, lines: list[tuple[int, Sequence[int]]]) -> None:
+        """Write values to the beginnings of lines of a table: (line, values)."""
+        places = [np.arange(len(values)) + line * table.shape[1] for line, values in lines]
+        self._scatter(table, np.concatenate(places), np.concatenate([np.asarray(values) for _, values in lines]))
+
+    def _scatter(self, table: torch.Tensor, places: np.ndarray, values: np.ndarray) -> None:
+        """Write values to places of a flattened table, in one copy."""
+        where, written = to_device(np.stack([places, values]), torch.int64, self.device)
+        table.view(-1)[where] = written.to(table.dtype)
 
     def step_input(self, plan: StepPlan) -> StepInput:
         """The model's input for the rows of ``plan``, whose changes have been applied."""
@@ -194,10 +214,14 @@ class BatchState:
         )
 
     def append(self, sample: SampleInput, tokens: torch.Tensor) -> None:
-        """Note the sampled ``tokens`` [sampling rows], for later steps to start from."""
+        """Note the sampled ``tokens`` [sampling rows], for later steps to start from and for the rows' rules."""
+        self.write(sample, tokens)
+        self.rules.record(sample.slots, tokens)
+
+    def write(self, sample: SampleInput, tokens: torch.Tensor) -> None:
+        """Note sampled ``tokens`` [sampling rows] for later steps to start from; they may be written over."""
         # A row that failed has -1, which a step planned before that is known must not take for a token.
         self.token_ids[sample.slot_index, sample.rows.positions] = tokens.clamp(min=0).to(torch.int32)
-        self.rules.record(sample.slots, tokens)
 
     def sample_input(
         self, slots: list[int], slot_index: torch.Tensor, positions: torch.Tensor, longest: int
@@ -240,12 +264,24 @@ class BatchState:
             asking=batch.asking,
         )
 
-    def is_plain(self, slots: list[int]) -> bool:
-        """Whether the sequences in ``slots`` ask for nothing but a fixed temperature."""
-        batch = self._batch[1] if self._batch is not None and self._batch[0] == slots else self._collect(slots)
-        self._batch = (slots, batch)
-        special = batch.any_truncated or batch.any_min_p or batch.logprobs or batch.scheduled is not None
-        return not special and not self.rules.concerns(slots)
+    def special_rows(self, slots: list[int]) -> SpecialRows | None:
+        """The rows whose sequences ask for more than a fixed temperature; None if there are none."""
+        if self._special is None or self._special[0] != slots:
+            rows = [row for row, slot in enumerate(slots) if self._is_special(slot)]
+            special = SpecialRows(rows, [slots[row] for row in rows], self._tensor(rows)) if rows else None
+            self._special = (slots, special)
+        return self._special[1]
+
+    def _is_special(self, slot: int) -> bool:
+        params = self.entries[slot].params
+        return (
+            not isinstance(params.temperature, (int, float))
+            or params.top_k > 0
+            or params.top_p < 1
+            or params.min_p > 0
+            or params.logprobs is not None
+            or self.rules.concerns([slot])
+        )
 
     def plain_rows(self, slot_index: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
         """Sampling parameters of rows of which only the temperature counts; the host need not know which rows."""
@@ -267,7 +303,7 @@ class BatchState:
         self.rules.release(slot)
         self.rules.enter(entry)
         self.entries[slot] = replace(entry, token_ids=[], block_ids=[])
-        self._batch = None
+        self._batch = self._special = None
         if entry.first_logprob is None:
             self._wanting_prompt_logprobs.discard(slot)
         else:
@@ -279,7 +315,7 @@ class BatchState:
         scheduled = [
             (row, entry.num_prompt_tokens, entry.params.temperature.pieces())
             for row, entry in enumerate(entries)
-            if isinstance(entry.params.temperature, Schedule)
+            if not isinstance(entry.params.temperature, (int, float))  # the protocol takes 16 us to check
         ]
         asking = [row for row, entry in enumerate(entries) if entry.params.logprobs is not None]
         greedy = [entry.params.temperature == 0 for entry in entries]
@@ -334,7 +370,7 @@ def _params_line(entry: SlotEntry) -> np.ndarray:
     line = np.zeros(1 + _NUM_COLUMNS, dtype=np.int32)
     line[0], columns = entry.slot, line[1:]
     floats = columns.view(np.float32)
-    if not isinstance(params.temperature, Schedule):  # those are evaluated at each step
+    if isinstance(params.temperature, (int, float)):  # schedules are evaluated at each step
         lowest = schedules.MIN_TEMPERATURE if params.temperature > 0 else 0.0  # float32 must not make it 0
         floats[_TEMPERATURE] = min(max(params.temperature, lowest), schedules.MAX_TEMPERATURE)
     floats[_TOP_P], floats[_MIN_P] = params.top_p, params.min_p

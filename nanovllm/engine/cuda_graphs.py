@@ -10,6 +10,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,19 +45,42 @@ class CudaCapture:
     """
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        pool = {} if self.pool is None else {"pool": self.pool}
-        # thread_local: another engine in another thread may go on using the device meanwhile.
-        graph.capture_begin(**pool, capture_error_mode="thread_local")
+        graph = self._begin()
         try:
             function()
-        finally:
+        except BaseException:
+            with suppress(Exception):  # what went wrong in ``function`` says more
+                graph.capture_end()
+            self._clear_up()
+            raise
+        try:
             graph.capture_end()
-        self.pool = graph.pool()
+        except BaseException:
+            self._clear_up()
+            raise
         return graph.replay
+
+    def _begin(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(False):  # torch makes tensors here that captures of others use as well
+            # thread_local: another engine in another thread may go on using the device meanwhile.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        return graph
+
+    def _clear_up(self) -> None:
+        """After a capture that failed: torch may believe that it goes on."""
+        device = torch.cuda.current_device()
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # not public: what is not there is not needed
+            with suppress(Exception):
+                getattr(torch._C, name)(device, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+        with suppress(Exception):  # one that succeeds puts torch's random numbers right
+            graph = self._begin()
+            torch.zeros(1, device="cuda")
+            graph.capture_end()
 
 
 class DecodeGraphs:
@@ -67,7 +91,7 @@ class DecodeGraphs:
         attention: Its attention, with a cache.
         sampler: Draws tokens for rows that ask for nothing but a temperature.
         state: The residents' tables.
-        max_rows: Largest batch.
+        max_rows: Largest batch; ``max_rows`` afterwards is the largest that there was memory for.
         dtype: Of the logits.
         capture: How a step is captured.
 
@@ -98,10 +122,11 @@ class DecodeGraphs:
         self.context_lengths, self.sampled = (buffer(torch.int32) for _ in range(2))
         self.logits = buffer(dtype, state.rules.vocab_size)
         self._slots_sent = [-1] * max_rows  # what ``slots`` holds
-        self.sizes = batch_sizes(max_rows)
         self._replays: dict[int, Callable[[], None]] = {}
         started = time.perf_counter()
-        self._capture_all(capture)
+        self._capture_all(batch_sizes(max_rows), capture)
+        self.sizes = sorted(self._replays)
+        self.max_rows = self.sizes[-1]
         self.capture_seconds = time.perf_counter() - started
 
     @staticmethod
@@ -126,14 +151,25 @@ class DecodeGraphs:
         self._replays[size]()
         return self.sampled[:rows], self.logits[:rows]
 
-    def _capture_all(self, capture: Capture) -> None:
-        """Capture every size, the largest first: the others then fit into its memory."""
+    def _capture_all(self, sizes: list[int], capture: Capture) -> None:
+        """Capture the sizes that fit, the largest first: the others then find room in its memory."""
         gc.collect()
-        for size in reversed(self.sizes):
-            # Once before: kernels are compiled, and libraries set up, at their first call, which cannot be captured.
-            # No slot is named yet, so nothing is read from the tables nor written to them.
-            self._run(size)
-            self._replays[size] = capture(lambda size=size: self._run(size))  # type: ignore[misc]
+        was_enabled = gc.isenabled()
+        gc.disable()  # what it would finalise may use the device in ways that no capture allows
+        try:
+            for size in reversed(sizes):
+                try:
+                    # Once before: kernels are compiled, and libraries set up, at their first call, which cannot be
+                    # captured. No slot is named yet, so nothing is read from the tables nor written to them.
+                    self._run(size)
+                    self._replays[size] = capture(lambda size=size: self._run(size))  # type: ignore[misc]
+                except torch.OutOfMemoryError:
+                    if size == sizes[0]:
+                        raise
+                    logger.warning("no memory to capture decode steps of %d rows, which run slower without", size)
+        finally:
+            if was_enabled:
+                gc.enable()
 
     def _run(self, rows: int) -> None:
         """A decode step of the first ``rows`` of ``slots``, in static buffers."""

@@ -166,6 +166,8 @@ class LLMEngine:
                     request_id = f"{request_id}+"
             taken = request_id in self._requests
             if not taken:
+                if not self._requests:  # whatever took the device's memory may be gone
+                    self.scheduler.restore_limits()
                 self._num_requests += 1
                 sequences = self._make_sequences(
                     request, request_id, None if leader_id is None else self._requests.get(leader_id)

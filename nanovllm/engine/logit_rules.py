@@ -164,7 +164,7 @@ class LogitRules:
             self._free_count_rows = list(range(grown.shape[0] - 1, size - 1, -1))
         row = self._free_count_rows.pop()
         counts = self.counts[row].zero_()
-        output = self._tensor(entry.token_ids[entry.num_prompt_tokens :])
+        output = self._tensor(list(entry.token_ids[entry.num_prompt_tokens :]))
         counts.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         return row
 

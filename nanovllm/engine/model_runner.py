@@ -1,10 +1,11 @@
 """Runs plans: the model, its KV cache and the batch state of one rank."""
 
 import logging
+import threading
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
 from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, kv_budget, memory_summary
 from nanovllm.utils.model_config import ModelConfig
+from nanovllm.utils.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +34,7 @@ logger = logging.getLogger(__name__)
 # Qwen3-0.6B in bfloat16 took 7.3 s in steps of 512 and 8.6 s in one (2 Zen 4 cores).
 CPU_STEP_TOKENS = 512
 
-# What captured steps take besides their static buffers: activations of the largest, and what the driver keeps of each.
-GRAPH_BYTES = 128 << 20
+# What captured steps take besides their static buffers and activations: what the driver keeps of each.
 BYTES_PER_GRAPH = 4 << 20
 
 # Rows of logits that exist at a time for the log-probabilities of prompt tokens: 37 MiB at a vocabulary of 151,936.
@@ -62,7 +63,10 @@ class ModelRunner:
         self._stream = _take_stream(self.device) if self.device.type == "cuda" else None
         self.graphs: DecodeGraphs | None = None
         self.graph_bytes = 0
-        with self._on_device():
+        # Whether rows that ask for more than a temperature are drawn by themselves. The CPU draws row by row anyway.
+        self.draws_apart = self.device.type == "cuda"
+        # One at a time: profiling, and what others capture, disturb each other.
+        with _construction if self._stream is not None else nullcontext(), self._on_device():
             self._load()
             self._allocate()
             if self.device.type == "cuda":
@@ -124,13 +128,15 @@ class ModelRunner:
         if length < 1:
             return
         blocks = list(range(-(-(length + 1) // self.block_size)))
-        for params in (SamplingParams(), SamplingParams(top_k=20, top_p=0.95), SamplingParams(top_p=0.5, min_p=0.01)):
+        plain, bounded = SamplingParams(), SamplingParams(top_k=20, top_p=0.95)
+        for params in (plain, bounded, SamplingParams(top_p=0.5), SamplingParams(top_p=0.5, min_p=0.01)):
             entry = SlotEntry(0, [0] * length, blocks, params, noise_key=0, num_prompt_tokens=length)
             prompt = StepPlan([], [entry], [], [0], [0], [length], [True], num_prefill_tokens=length)
             token = StepPlan([], [], [], [0], [length], [1], [True])
             for plan in (prompt, token):
                 self.execute(plan).result()
             self.batch_state.apply(StepPlan(released=[0]))
+        self.attention.warm_up()
 
     def _wants_graphs(self) -> bool:
         return (
@@ -173,8 +179,10 @@ class ModelRunner:
             DeviceMemoryError: The step does not fit the device's memory. The plan can be taken back.
         """
         try:
-            # the caller's autocast is not for us
-            with torch.inference_mode(), self._on_device(), torch.autocast(self.device.type, enabled=False):
+            if self._stream is not None and any(entry.params.logits_processors for entry in plan.entered):
+                # They may hold tensors that the caller's stream is still to compute.
+                self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.inference_mode(), self._on_device():
                 return self._execute(plan)
         except torch.OutOfMemoryError as error:
             message = (
@@ -187,31 +195,65 @@ class ModelRunner:
     def _execute(self, plan: StepPlan) -> StepHandle:
         state = self.batch_state
         state.apply(plan)
-        if self.graphs is not None and plan.is_decode:
+        if self.graphs is not None and plan.is_decode and len(plan.slots) <= self.graphs.max_rows:
             return self._replay(self.graphs, plan)
         step = state.step_input(plan)
         hidden = self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
         prompt_logprobs = {row.row: self._prompt_logprobs(hidden, row) for row in step.prompt_logprobs}
-        if step.sample is None:
+        sample = step.sample
+        if sample is None:
             return StepHandle(None, prompt_logprobs=prompt_logprobs)
         logits = self.model.compute_logits(hidden.index_select(0, step.hidden_rows))  # of no other rows
-        return self._sample(logits, step.sample, prompt_logprobs)
+        if not self.draws_apart:
+            return self._sample(logits, sample, prompt_logprobs)
+        tokens = self.sampler(logits, state.plain_rows(sample.slot_index, sample.rows.positions))
+        state.write(sample, tokens)
+        return self._sample_special(tokens, logits, sample.slots, sample.longest, prompt_logprobs)
 
     def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> StepHandle:
-        """A decode step in one piece. Rows that ask for more than a temperature are then sampled again."""
-        state = self.batch_state
+        """A decode step in one piece."""
         tokens, logits = graphs.replay(plan.slots)
-        if state.is_plain(plan.slots):
-            return StepHandle(tokens)
-        slot_index = graphs.slots[: len(plan.slots)].long()
+        return self._sample_special(tokens, logits, plan.slots, max(plan.starts) + 1, {})
+
+    def _sample_special(
+        self,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        slots: list[int],
+        longest: int,
+        prompt_logprobs: dict[int, tuple[int, list[DeviceLogprobs]]],
+    ) -> StepHandle:
+        """Draw again for the rows that ask for more than a temperature, by which all ``tokens`` were drawn.
+
+        The others keep what they have: their draws depend on no other row, and cost what they always cost.
+        """
+        state = self.batch_state
+        special = state.special_rows(slots)
+        if special is None:
+            return StepHandle(tokens, prompt_logprobs=prompt_logprobs)
+        slot_index = self._tensor(special.slots)
         positions = state.num_computed[slot_index].long()  # by now, those of the sampled tokens
-        sample = state.sample_input(plan.slots, slot_index, positions, max(plan.starts) + 1)
-        return self._sample(logits.float(), sample, {})
+        sample = state.sample_input(special.slots, slot_index, positions, longest)
+        drawn, errors, logprobs = self._draw(logits[special.index].float(), sample)
+        tokens[special.index] = drawn.to(tokens.dtype)
+        return StepHandle(
+            tokens,
+            {special.rows[row]: error for row, error in errors.items()},
+            None if logprobs is None else ([special.rows[row] for row in logprobs[0]], logprobs[1]),
+            prompt_logprobs,
+        )
 
     def _sample(
         self, logits: torch.Tensor, sample: SampleInput, prompt_logprobs: dict[int, tuple[int, list[DeviceLogprobs]]]
     ) -> StepHandle:
         """Draw tokens from float32 logits [sampling rows, vocab_size], which are changed."""
+        tokens, errors, logprobs = self._draw(logits, sample)
+        return StepHandle(tokens, errors, logprobs, prompt_logprobs)
+
+    def _draw(
+        self, logits: torch.Tensor, sample: SampleInput
+    ) -> tuple[torch.Tensor, dict[int, str], tuple[list[int], DeviceLogprobs] | None]:
+        """Tokens, what went wrong by row, and the rows that ask for log-probabilities with these."""
         state, asking = self.batch_state, sample.asking
         raw = None if asking is None else logits[asking]  # a copy: what follows changes the logits
         errors = state.rules.apply(
@@ -219,15 +261,20 @@ class ModelRunner:
         )
         tokens = self.sampler(logits, sample.rows)
         state.append(sample, tokens)
-        logprobs = None
-        if raw is not None:
-            computed = DeviceLogprobs.compute(raw, tokens[asking], list(sample.logprobs.values()))
-            logprobs = list(sample.logprobs), computed
-        return StepHandle(tokens, errors, logprobs, prompt_logprobs)
+        if raw is None or asking is None:
+            return tokens, errors, None
+        computed = DeviceLogprobs.compute(raw, tokens[asking], list(sample.logprobs.values()))
+        return tokens, errors, (list(sample.logprobs), computed)
 
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Everything this runner has a CUDA device do happens within, construction included."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """What this runner has its device do happens within: the caller's stream and autocast are not for us."""
+        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with stream, torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return to_device(values, torch.int64, self.device)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, row: PromptLogprobsInput) -> tuple[int, list[DeviceLogprobs]]:
         """Log-probabilities of a row's prompt tokens, a few at a time."""
@@ -261,7 +308,7 @@ class ModelRunner:
         if not self._wants_graphs():
             return tables
         buffers = DecodeGraphs.num_bytes(self.num_slots, self.model_config.vocab_size, self.dtype)
-        return tables + buffers + GRAPH_BYTES + BYTES_PER_GRAPH * len(batch_sizes(self.num_slots))
+        return tables + buffers + BYTES_PER_GRAPH * len(batch_sizes(self.num_slots))
 
     def _check_tables(self) -> None:
         """Refuse lengths whose tables alone do not fit, before anything large is allocated."""
@@ -287,7 +334,10 @@ class ModelRunner:
                 )
             return wanted
         peak = self._profile_activations() if self.device.type == "cuda" else 0
-        budget = kv_budget(self.device, peak + self._table_bytes(), self.config.gpu_memory_utilization)
+        # The activations of captured steps are kept besides: those of the largest, a row a slot.
+        captured = 2 * peak * self.num_slots // self.config.max_num_batched_tokens if self._wants_graphs() else 0
+        captured = min(captured, peak)
+        budget = kv_budget(self.device, peak + captured + self._table_bytes(), self.config.gpu_memory_utilization)
         num_blocks = min(budget // block_bytes, self.config.max_num_seqs * blocks_per_sequence)
         if self.device.type == "mps":
             num_blocks = min(num_blocks, MPS_DEFAULT_BLOCKS)
@@ -307,7 +357,7 @@ class ModelRunner:
         before = torch.cuda.memory_allocated(self.device)
         logits = self.run_without_cache(self.config.max_num_batched_tokens)
         self.sampler(logits, worst_case_sampling(logits))
-        torch.cuda.synchronize(self.device)
+        torch.cuda.current_stream(self.device).synchronize()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def run_without_cache(self, num_tokens: int) -> torch.Tensor:
@@ -338,6 +388,8 @@ def worst_case_sampling(logits: torch.Tensor) -> SamplingRows:
         any_unbounded=True,
     )
 
+
+_construction = threading.Lock()
 
 # Streams of engines that were closed, for the next ones: cuBLAS keeps a workspace of some MiB for each it was used on.
 _idle_streams: dict[torch.device, list[torch.cuda.Stream]] = {}

@@ -29,8 +29,8 @@ class AdmissionPolicy:
     few slots fall vacant and fill them together.
 
     Args:
-        vacancies: Free slots to gather first, if as many sequences wait.
-        patience: Steps to gather them for at most.
+        vacancies: Sequences that end first once slots or blocks have run out, or as many as wait.
+        patience: Steps to wait for that at most.
         mixed: Whether a step may hold prompts and decoding sequences; else prompts go first, by themselves.
     """
 
@@ -72,6 +72,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_running = max_num_seqs  # lower than the number of slots once a step was too large for the device
+        self._full_limits = max_num_batched_tokens, max_num_seqs
         self.policy = policy or AdmissionPolicy()
         self.waiting: deque[Sequence] = deque()  # by arrival; all are younger than any in ``running``
         self.running: list[Sequence] = []  # by arrival
@@ -79,7 +80,9 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
         self._released: list[int] = []  # slots to name in the next plan
-        self._admitting = False  # since enough slots fell vacant, until all are taken or nobody waits
+        # Since slots or blocks ran out while somebody waited: until enough sequences have ended, or it took too long.
+        self._is_gathering = False
+        self._num_ended = 0
         self._num_steps_gathering = 0
         # The head of the queue that did not fit, and how many blocks it could share: it is not asked again before
         # somebody gives blocks back, or publishes the next one that it could share.
@@ -205,6 +208,7 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._vacate(seq)
+            self._num_ended += 1
         elif seq in self.waiting:  # compared by identity
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
@@ -242,6 +246,10 @@ class Scheduler:
         self.max_num_running = max(1, min(self.max_num_running, len(self.waiting) + len(self.running)) // 2)
         return True
 
+    def restore_limits(self) -> None:
+        """Plan steps of full size again, after :meth:`back_off`."""
+        self.max_num_batched_tokens, self.max_num_running = self._full_limits
+
     def forget_surplus(self) -> None:
         """Forget the plans in flight, none of whose sequences is still wanted."""
         if any(not seq.finished for batch in self._in_flight for seq in batch.sequences):
@@ -260,7 +268,7 @@ class Scheduler:
         self._released.clear()
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
         self._refused = None
-        self._admitting = False
+        self._is_gathering = False
         self.block_manager.release_everything()
 
     def check_integrity(self) -> None:
@@ -283,14 +291,23 @@ class Scheduler:
 
     def _may_admit(self) -> bool:
         """Whether it is time for waiting sequences to join."""
-        vacancies = self._num_vacancies()
-        if not self.waiting or vacancies <= 0:
-            self._admitting, self._num_steps_gathering = False, 0
-        elif not self._admitting:
+        if not self.waiting:
+            self._is_gathering = False
+            return False
+        if self._num_vacancies() <= 0:
+            self._gather()
+            return False
+        if self._is_gathering:
             self._num_steps_gathering += 1
-            enough = not self.running or vacancies >= min(self.policy.vacancies, len(self.waiting))
-            self._admitting = enough or self._num_steps_gathering > self.policy.patience
-        return self._admitting
+            enough = self._num_ended >= min(self.policy.vacancies, len(self.waiting))
+            late = self._num_steps_gathering > self.policy.patience
+            self._is_gathering = not (enough or late or not self.running)
+        return not self._is_gathering
+
+    def _gather(self) -> None:
+        """Slots or blocks have run out: let several sequences end before others are admitted."""
+        if self.policy.vacancies > 1 and not self._is_gathering:
+            self._is_gathering, self._num_ended, self._num_steps_gathering = True, 0, 0
 
     def _num_vacancies(self) -> int:
         return self.max_num_running - len(self.running)
@@ -307,6 +324,7 @@ class Scheduler:
             needed = manager.blocks_needed(seq.num_tokens) - len(matched) + headroom
             if self.running and needed > manager.num_allocatable_after(matched):
                 self._refused = (seq, len(matched))
+                self._gather()
                 return
             self.waiting.popleft()
             manager.take_prefix(seq, matched)
@@ -322,7 +340,7 @@ class Scheduler:
             plan.entered.append(
                 SlotEntry(
                     seq.slot,
-                    seq.token_ids.tolist(),
+                    seq.token_ids[:],
                     list(seq.block_table),
                     seq.params,
                     seq.noise_key,

@@ -4,6 +4,7 @@ A plan is plain data. It is what travels to the other ranks under tensor paralle
 anything of the host's own bookkeeping, and its size does not grow with the length of the contexts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanovllm.sampling_params import SamplingParams
@@ -26,7 +27,7 @@ class SlotEntry:
     """
 
     slot: int
-    token_ids: list[int]
+    token_ids: Sequence[int]
     block_ids: list[int]
     params: SamplingParams
     noise_key: int

@@ -16,13 +16,28 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Names of kernels, and "graphs" and "overlap": what is not to be used, to see what it is worth, or whether it is wrong.
+# What is not to be used, to see what it is worth, or whether it is to blame. (Attention: ``attention_backend``.)
 DISABLE_VARIABLE = "NANOVLLM_DISABLE"
+FEATURES = (
+    "rms_norm",
+    "silu_and_mul",
+    "qk_norm_rope_store",
+    "decode_inputs",
+    "decode_outputs",
+    "sample",
+    "nucleus",
+    "graphs",
+    "overlap",
+)
 
 
 def is_enabled(feature: str) -> bool:
-    """Whether the environment does not switch ``feature`` off."""
-    return feature not in os.environ.get(DISABLE_VARIABLE, "").replace(",", " ").split()
+    """Whether the environment does not switch ``feature`` off; ValueError if it names one that there is not."""
+    disabled = os.environ.get(DISABLE_VARIABLE, "").replace(",", " ").split()
+    for name in disabled:
+        if name not in FEATURES:
+            raise ValueError(f"{DISABLE_VARIABLE} names {name!r}; it may name {', '.join(FEATURES)}")
+    return feature not in disabled
 
 
 def is_interpreted() -> bool:
@@ -31,18 +46,29 @@ def is_interpreted() -> bool:
 
 
 @cache
-def why_no_triton(device_type: str) -> str | None:
-    """Why Triton kernels cannot run on a kind of device; None if they can."""
+def why_no_triton(device: torch.device) -> str | None:
+    """Why our kernels cannot run on a device; None if they can."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if device_type == "cuda" or (device_type == "cpu" and is_interpreted()):
+    if device.type == "cpu" and is_interpreted():
         return None
-    return f"triton has no kernels for {device_type}"
+    if device.type != "cuda":
+        return f"triton has no kernels for {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return (
+            f"the kernels need compute capability 8.0 (Ampere) or newer; {device} has {capability[0]}.{capability[1]}"
+        )
+    try:
+        import_module("nanovllm.kernels.probe").probe(device)
+    except Exception as error:  # no C compiler, no headers of Python, a driver that is too old, ...
+        return f"triton cannot launch a kernel here: {type(error).__name__}: {error}"
+    return None
 
 
 def load(name: str, device: torch.device) -> Callable[..., Any] | None:
     """The function ``name`` of ``kernels/<name>.py``; None where torch's operators are to be used instead."""
-    if not is_enabled(name) or device.type != "cuda" or why_no_triton(device.type) is not None:
+    if not is_enabled(name) or device.type != "cuda" or why_no_triton(device) is not None:
         return None
     return getattr(import_module(f"nanovllm.kernels.{name}"), name)
 

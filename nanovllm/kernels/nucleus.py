@@ -34,7 +34,7 @@ def _weights_ahead(line, ids, vocab_size, peak, scale, least, pivot, token, HAS_
     return tl.where((x > pivot) | ((x == pivot) & (ids < token)), weights, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperature_stride", "min_p_stride", "top_p_stride", "keys_stride", "positions_stride"])
 def _nucleus_kernel(
     logits,
     logits_stride,

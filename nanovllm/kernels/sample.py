@@ -79,7 +79,8 @@ def inverse_temperature(temperature):
     return _LOG2_E / tl.minimum(tl.maximum(temperature, _LOWEST), _HIGHEST)
 
 
-@triton.jit
+# Strides of what rows have one or two of are not worth a variant; those of logits decide how wide loads are.
+@triton.jit(do_not_specialize=["temperature_stride"])
 def _measure_kernel(
     logits,
     logits_stride,
@@ -108,7 +109,7 @@ def _measure_kernel(
     tl.store(sums + row * measures_stride + block, tl.sum(weights, axis=1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperature_stride", "keys_stride", "positions_stride"])
 def _draw_kernel(
     logits,
     logits_stride,

@@ -97,7 +97,7 @@ def memory_summary(device: torch.device) -> str:
 def kv_budget(device: torch.device, needed: int, utilization: float) -> int:
     """KV cache bytes that fit ``device`` now, once ``needed`` bytes are left for everything else."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         return cuda_kv_budget(total, free, torch.cuda.memory_reserved(device), needed, utilization)

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+# Pinned memory is kept for later copies of the same size: what is larger stays on the device until it is wanted.
+MOST_PINNED = 16 << 20
+
 _NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
 
 
@@ -30,8 +33,11 @@ class HostCopy:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        if tensor.device.type == "cuda":
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        if tensor.device.type == "cuda" and tensor.nbytes > MOST_PINNED:
+            self._host = tensor.clone()
+        elif tensor.device.type == "cuda":
+            # device: the caller may have set another default
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
@@ -43,4 +49,5 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
             self._event = None
+        self._host = self._host.cpu()
         return self._host
