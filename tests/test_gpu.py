@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,47 @@ class TestGraphs:
         with open_llm(checkpoint) as llm:  # the next engine's can
             assert llm.get_metrics()["num_graphs"] > 0
             assert tokens_of(llm) == [[tokens] for tokens in greedy]
+
+
+class TestSurroundings:
+    """What the caller has set for itself, and what else goes on in the process."""
+
+    def test_autocast_and_another_default_device(self, checkpoint: Path, greedy: list[list[int]]) -> None:
+        with torch.autocast("cuda", torch.bfloat16), torch.device("cuda"), open_llm(checkpoint) as llm:
+            assert tokens_of(llm) == [[tokens] for tokens in greedy]
+
+    def test_a_stream_of_the_callers(self, checkpoint: Path, greedy: list[list[int]]) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()), open_llm(checkpoint) as llm:
+            assert tokens_of(llm) == [[tokens] for tokens in greedy]
+            assert torch.rand(3, device="cuda").isfinite().all()
+
+    def test_engines_made_and_used_in_two_threads(self, checkpoint: Path, greedy: list[list[int]]) -> None:
+        def work(_: int) -> list[Any]:
+            with open_llm(checkpoint) as llm:
+                return [tokens_of(llm) for _ in range(3)]
+
+        with ThreadPoolExecutor(2) as pool:
+            for answers in pool.map(work, range(2)):
+                assert answers == [[[tokens] for tokens in greedy]] * 3
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_another_device_than_the_current_one(self, checkpoint: Path, greedy: list[list[int]]) -> None:
+        with torch.cuda.device(0), open_llm(checkpoint, device="cuda:1") as llm:
+            assert tokens_of(llm) == [[tokens] for tokens in greedy]
+
+    def test_random_numbers_after_a_capture_that_failed(self, checkpoint: Path) -> None:
+        capture = CudaCapture()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x = torch.ones(8, device="cuda")
+            with pytest.raises(RuntimeError):
+                capture(lambda: print(x.sum().item()))  # waits for the device, which a capture cannot
+            assert torch.rand(8, device="cuda").isfinite().all()
+            torch.cuda.empty_cache()
+            y = torch.zeros(8, device="cuda")
+            replay = capture(lambda: y.add_(1))
+            replay()
+            replay()
+            assert y.tolist() == [2.0] * 8
 
 
 def test_sampling_noise_is_the_same_on_cuda_and_cpu() -> None:
