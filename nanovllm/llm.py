@@ -361,8 +361,9 @@ class LLM:
 
         A call that runs in another thread ends with a RuntimeError.
         """
-        if self._engine is not None:
-            self._engine.close()
+        engine = self._engine
+        if engine is not None:
+            engine.close()
             self._engine = None
 
     def __enter__(self) -> "LLM":
@@ -430,6 +431,8 @@ def _params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParams 
 
 
 def _score(output: RequestOutput, num_prompt_tokens: int) -> ScoreOutput:
+    if output.outputs[0].finish_reason == "abort":
+        raise RuntimeError(f"request {output.request_id} was aborted before it was scored")
     if output.error is not None or output.prompt_logprobs is None:
         raise RuntimeError(f"request {output.request_id} failed: {output.error}")
     token_ids = output.prompt_token_ids[num_prompt_tokens:]

@@ -212,7 +212,7 @@ class Simulation:
             self.scheduler.take_back(plan)
             self.scheduler.check_integrity()
             assert not self.scheduler.running
-            self.scheduler.back_off()
+            self.scheduler.back_off(plan)
 
     def land(self, failing: int | None = None) -> list[Sequence]:
         """Tell the scheduler the tokens of the oldest step in flight; returns the sequences that got one.

@@ -201,10 +201,31 @@ class TestReplaying:
             assert sum(sent) <= 4 + 2 * 3, "the slots that decode"
 
     def test_a_sequence_outgrows_no_capture(self, tiny_checkpoint: Path, tiny_reference: Any) -> None:
-        """Captured while no sequence has a block, replayed over seven of them."""
+        """Captured while no sequence has a block, replayed over three of them."""
         with open_captured(tiny_checkpoint, max_num_seqs=1) as llm:
-            params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
-            assert tokens_of(llm, params, [[3]]) == [[reference_greedy(tiny_reference, [3], 100)]]
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+            assert tokens_of(llm, params, [[3]]) == [[reference_greedy(tiny_reference, [3], 40)]]
+
+    def test_an_interrupt_while_slots_are_sent_sends_them_again(
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with open_captured(tiny_checkpoint) as llm, torch.inference_mode():
+            graphs = llm.engine.runner.graphs
+            assert graphs is not None
+            graphs._replays = dict.fromkeys(graphs._replays, lambda: None)
+            graphs.replay([0, 1, 2])
+
+            def interrupted(*arguments: Any) -> torch.Tensor:
+                graphs.slots[:3] = torch.tensor([2, 1, 0])
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(cuda_graphs, "to_device", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    graphs.replay([2, 1, 0])
+            graphs.replay([0])
+            graphs.replay([0, 1, 2])
+            assert graphs.slots.tolist()[:3] == [0, 1, 2]
 
     def test_a_slot_that_was_given_up_touches_nothing(self, tiny_checkpoint: Path) -> None:
         """Between two batches of other sizes, slots are reused and rows beyond a batch name none."""

@@ -186,6 +186,42 @@ def test_a_step_that_fails_on_the_device_drops_everything_and_the_engine_goes_on
         assert [output["token_ids"] for output in llm.generate(PROMPTS, params, use_tqdm=False)] == expected
 
 
+def test_requests_added_by_hand_are_not_lost_without_a_word(tiny_checkpoint: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with open_llm(tiny_checkpoint) as llm:
+        engine, late = llm.engine, make_late(llm)
+        mine = engine.add_request(PROMPTS[0], params, "mine")
+        late.fail_at[2] = RuntimeError("an illegal memory access")
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            llm.generate(PROMPTS[1:], params, use_tqdm=False)
+        assert engine.has_unfinished_requests
+        with pytest.raises(RuntimeError, match=rf"dropped by another call that failed: {mine}: .*illegal memory"):
+            engine.step()
+        assert not engine.has_unfinished_requests
+        assert engine.step() == []
+        engine.add_request(PROMPTS[0], params, "mine")
+        late.fail_at[late._number] = RuntimeError("again")
+        engine.step()
+        with pytest.raises(RuntimeError, match=r"^again$"):
+            engine.step()
+        assert not engine.has_unfinished_requests, "step itself said so"
+
+
+def test_a_score_whose_request_is_aborted_is_an_error(tiny_checkpoint: Path) -> None:
+    with open_llm(tiny_checkpoint, max_num_batched_tokens=8) as llm:
+        late = make_late(llm)
+        execute = late.execute
+
+        def abort_at_the_third(plan: Any) -> Any:
+            if late._number == 2:
+                llm.abort(llm.engine.unfinished_request_ids[0])
+            return execute(plan)
+
+        late.execute = abort_at_the_third  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="aborted before it was scored"):
+            llm.score(PREFIX, PREFIX[:30], use_tqdm=False)
+
+
 class TestMemory:
     """A step that does not fit the device's memory is made smaller; what was computed is computed again."""
 
@@ -202,7 +238,6 @@ class TestMemory:
             assert answers(llm) == expected
             assert not late.refuse_at
             scheduler = llm.engine.scheduler
-            assert scheduler.max_num_batched_tokens == max(256, 512 >> len(steps))
             assert scheduler.max_num_running < scheduler.max_num_seqs
         assert "a step does not fit; going on with steps of at most" in caplog.text
 

@@ -222,6 +222,8 @@ def test_every_attention_backend_of_the_cpu_agrees(
     one_reference: Reference, backend: str, prefix_caching: bool
 ) -> None:
     names = list(one_reference.prompts)
+    if backend == "triton":  # interpreted
+        names = names[::4]
     prompts = [one_reference.prompts[name] for name in names]
     with make_llm(
         one_reference.path,

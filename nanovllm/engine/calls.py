@@ -50,7 +50,7 @@ def run(
                 outputs.update((output.prompt_index, output) for output in finished)
                 bar.update(len(finished))
     finally:
-        engine.abandon(owner)  # what an exception, or Ctrl-C, has left
+        _leave(engine, owner)  # what an exception, or Ctrl-C, has left
     return [outputs[index] for index in range(len(prepared))]
 
 
@@ -66,7 +66,7 @@ def stream(engine: LLMEngine, prepared: Sequence[PreparedRequest]) -> Generator[
                 left -= piece.output is not None
                 yield piece
     finally:
-        engine.abandon(owner)
+        _leave(engine, owner)
 
 
 def iterate(
@@ -111,9 +111,15 @@ def iterate(
                 yield held.pop(num_yielded if ordered else next(iter(held)))
                 num_yielded += 1
     finally:
-        engine.abandon(owner)
+        _leave(engine, owner)
     if failure is not None:
         raise failure
+
+
+def _leave(engine: LLMEngine, owner: Owner) -> None:
+    """Drop what a call has left behind."""
+    engine.abandon(owner)
+    owner.inbox.clear()  # what was lost holds its cause, whose traceback holds the owner: a cycle
 
 
 def _received(owner: Owner) -> Iterator[Any]:

@@ -145,7 +145,7 @@ class DecodeGraphs:
         size = self.sizes[bisect.bisect_left(self.sizes, rows)]
         wanted = slots + [-1] * (size - rows)
         if self._slots_sent[:size] != wanted:
-            self._slots_sent[0] = -2  # an interrupt before they are noted must not leave the old ones noted
+            self._slots_sent[:size] = [-2] * size  # an interrupt before they are noted must not leave others noted
             self.slots[:size] = to_device(wanted, torch.int32, self.slots.device)
             self._slots_sent[:size] = wanted
         self._replays[size]()

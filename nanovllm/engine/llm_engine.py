@@ -80,6 +80,7 @@ class LLMEngine:
         self.counters = Counters()
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # finished, of requests without an owner
+        self._lost: list[LostRequest] = []  # of requests without an owner
         self._in_flight: deque[_Step] = deque()  # launched, what they give not yet taken in; oldest first
         self._launching = 0.0  # seconds spent in calls that launched a step and took in none, since the last that did
         self._num_requests = 0
@@ -107,8 +108,8 @@ class LLMEngine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Whether any request has not ended, or was not handed out by :meth:`step`."""
-        return bool(self._ready) or self.num_unfinished_requests > 0
+        """Whether any request has not ended, or :meth:`step` has still to hand it out or to say that it was lost."""
+        return bool(self._ready or self._lost) or self.num_unfinished_requests > 0
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -189,8 +190,13 @@ class LLMEngine:
             The requests that have ended, of those added with :meth:`add_request`.
 
         Raises:
-            Exception: The step failed or was interrupted. All requests are dropped; the engine is ready for new ones.
+            Exception: The step failed or was interrupted, or another call did, whose failure drops all requests. The
+                engine is ready for new ones.
         """
+        lost, self._lost = self._lost, []
+        if lost:
+            names = ", ".join(request.request_id for request in lost)
+            raise RuntimeError(f"requests were dropped by another call that failed: {names}: {lost[0].cause!r}")
         self.advance()
         with self._lock:
             ready, self._ready = self._ready, []
@@ -201,7 +207,7 @@ class LLMEngine:
 
         For an owner for whom something came while another thread's step was waited for, nothing is run.
         """
-        with _Turn(self), self._lock, _Change(self):
+        with _Turn(self), self._lock, _Change(self, owner):
             if owner is not None and owner.inbox:
                 return
             started = time.perf_counter()
@@ -224,7 +230,7 @@ class LLMEngine:
                 handle = self.runner.execute(plan)
             except DeviceMemoryError as error:
                 self.scheduler.take_back(plan)
-                if not self.scheduler.back_off():
+                if not self.scheduler.back_off(plan):
                     raise
                 logger.warning(
                     "%s; going on with steps of at most %d tokens of %d sequences",
@@ -284,7 +290,7 @@ class LLMEngine:
         self._refuse_inside_a_step()
         with self._lock:
             self._recover(self._broken or RuntimeError("the engine was reset"))
-            self._ready = []
+            self._ready, self._lost = [], []
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -337,8 +343,8 @@ class LLMEngine:
             "time_per_output_token": percentiles(counters.output_token_seconds),
         }
 
-    def _recover(self, cause: BaseException) -> None:
-        """Drop all requests, and tell their owners why."""
+    def _recover(self, cause: BaseException, for_owner: bool = False) -> None:
+        """Drop all requests, and tell their owners why; :meth:`step` as well if it was somebody's call that failed."""
         self._broken = cause
         self._in_flight.clear()  # the device runs them to their end, before whatever is launched next
         self.scheduler.reset()
@@ -346,6 +352,8 @@ class LLMEngine:
         for request in self._requests.values():
             if request.owner is not None:
                 request.owner.inbox.append(LostRequest(request.request_id, cause))
+            elif for_owner:  # who added it sees nothing of this
+                self._lost.append(LostRequest(request.request_id, cause))
         self._requests.clear()
         self._broken = None
 
@@ -487,8 +495,9 @@ class _Change:
     lives.)
     """
 
-    def __init__(self, engine: LLMEngine) -> None:
+    def __init__(self, engine: LLMEngine, owner: Owner | None = None) -> None:
         self.engine = engine
+        self.for_owner = owner is not None
 
     def __enter__(self) -> None:
         engine = self.engine
@@ -502,7 +511,7 @@ class _Change:
         if error is None:
             self.engine._broken = None
         else:
-            self.engine._recover(error)
+            self.engine._recover(error, self.for_owner)
 
 
 def noise_key(kind: str, seed: int, index: int) -> int:

@@ -3,9 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -66,7 +66,8 @@ class ModelRunner:
         # Whether rows that ask for more than a temperature are drawn by themselves. The CPU draws row by row anyway.
         self.draws_apart = self.device.type == "cuda"
         # One at a time: profiling, and what others capture, disturb each other.
-        with _construction if self._stream is not None else nullcontext(), self._on_device():
+        lock = _construction if self._stream is not None else nullcontext()
+        with lock, self._on_device(), self._as_asked():
             self._load()
             self._allocate()
             if self.device.type == "cuda":
@@ -182,7 +183,7 @@ class ModelRunner:
             if self._stream is not None and any(entry.params.logits_processors for entry in plan.entered):
                 # They may hold tensors that the caller's stream is still to compute.
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.inference_mode(), self._on_device():
+            with _InferenceMode(True), self._on_device(), self._as_asked():
                 return self._execute(plan)
         except torch.OutOfMemoryError as error:
             message = (
@@ -266,12 +267,15 @@ class ModelRunner:
         computed = DeviceLogprobs.compute(raw, tokens[asking], list(sample.logprobs.values()))
         return tokens, errors, (list(sample.logprobs), computed)
 
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """What this runner has its device do happens within: the caller's stream and autocast are not for us."""
-        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with stream, torch.autocast(self.device.type, enabled=False):
-            yield
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """The stream in which this runner has a CUDA device do everything, construction included."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _as_asked(self) -> AbstractContextManager[Any]:
+        """The dtypes that were asked for, whatever the caller's autocast makes of its own operations."""
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.autocast(self.device.type, enabled=False)
+        return nullcontext()
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return to_device(values, torch.int64, self.device)
@@ -388,6 +392,10 @@ def worst_case_sampling(logits: torch.Tensor) -> SamplingRows:
         any_unbounded=True,
     )
 
+
+# torch.inference_mode is Python, and interrupted on its way out it leaves the caller's thread in that mode. The guard
+# inside it is not public, but cannot be interrupted.
+_InferenceMode: Any = getattr(torch._C, "_InferenceMode", torch.inference_mode)
 
 _construction = threading.Lock()
 

@@ -237,13 +237,15 @@ class Scheduler:
         entered = {entry.slot for entry in plan.entered}  # as far as the device knows, these never were
         self._released = [*plan.released, *(slot for slot in self._released if slot not in entered)]
 
-    def back_off(self) -> bool:
-        """Plan smaller steps from now on; returns False if they cannot become smaller."""
-        smallest = min(MIN_STEP_TOKENS, self.max_num_batched_tokens)
-        if self.max_num_batched_tokens == smallest and self.max_num_running == 1:
+    def back_off(self, plan: StepPlan) -> bool:
+        """Plan smaller steps than ``plan`` from now on; returns False if they cannot become smaller."""
+        tokens, rows = plan.num_tokens, len(plan.slots)
+        if tokens <= MIN_STEP_TOKENS and rows == 1:
             return False
-        self.max_num_batched_tokens = max(smallest, self.max_num_batched_tokens // 2)
-        self.max_num_running = max(1, min(self.max_num_running, len(self.waiting) + len(self.running)) // 2)
+        if tokens > MIN_STEP_TOKENS:
+            self.max_num_batched_tokens = max(MIN_STEP_TOKENS, tokens // 2)
+        if rows > 1:
+            self.max_num_running = rows // 2
         return True
 
     def restore_limits(self) -> None:

@@ -15,7 +15,7 @@ def in_blocks(logits: torch.Tensor) -> torch.Tensor:
     """[rows, vocab_size] as [rows, blocks, BLOCK], with -inf after the last token: a view if BLOCK divides it."""
     if logits.shape[1] % BLOCK:
         logits = F.pad(logits, (0, -logits.shape[1] % BLOCK), value=float("-inf"))
-    return logits.reshape(len(logits), -1, BLOCK)
+    return logits.reshape(len(logits), logits.shape[1] // BLOCK, BLOCK)
 
 
 def rows_at_a_time(logits: torch.Tensor) -> int:
