@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nanovllm import LLM
@@ -98,6 +99,18 @@ def checked_books() -> Iterator[None]:
         yield
     finally:
         LLMEngine.advance = advance  # type: ignore[method-assign]
+
+
+def open_llm(checkpoint: Path, **limits: Any) -> LLM:
+    """A small engine of a checkpoint without a tokenizer."""
+    return LLM(
+        checkpoint,
+        device="cpu",
+        dtype="float32",
+        skip_tokenizer_init=True,
+        kvcache_block_size=16,
+        **{"num_kvcache_blocks": 64, **limits},
+    )
 
 
 def make_late(llm: LLM, depth: int = 1) -> LateRunner:

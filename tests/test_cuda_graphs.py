@@ -20,6 +20,7 @@ from nanovllm.engine import batch_state, cuda_graphs
 from nanovllm.engine.cuda_graphs import batch_sizes
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.temperature import Linear
+from tests import late_runner
 from tests.checkpoints import reference_greedy
 from tests.late_runner import make_late
 from tests.threads import one_thread  # noqa: F401
@@ -45,14 +46,7 @@ def all_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def open_llm(checkpoint: Path, **limits: Any) -> LLM:
-    return LLM(
-        checkpoint,
-        device="cpu",
-        dtype="float32",
-        skip_tokenizer_init=True,
-        kvcache_block_size=16,
-        **{"num_kvcache_blocks": 32, "max_num_seqs": 5, **limits},
-    )
+    return late_runner.open_llm(checkpoint, **{"num_kvcache_blocks": 32, "max_num_seqs": 5, **limits})
 
 
 def open_captured(checkpoint: Path, capture: cuda_graphs.Capture = call_again, **limits: Any) -> LLM:

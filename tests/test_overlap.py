@@ -10,7 +10,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.step_handle import DeviceMemoryError
 from nanovllm.layers.temperature import Linear
-from tests.late_runner import checked_books, make_late
+from tests.late_runner import checked_books, make_late, open_llm
 from tests.threads import one_thread  # noqa: F401
 
 PREFIX = [7 + n % 50 for n in range(40)]
@@ -28,17 +28,6 @@ LIMITS: dict[str, dict[str, Any]] = {
 def books() -> Iterator[None]:
     with checked_books():
         yield
-
-
-def open_llm(checkpoint: Path, **limits: Any) -> LLM:
-    return LLM(
-        checkpoint,
-        device="cpu",
-        dtype="float32",
-        skip_tokenizer_init=True,
-        kvcache_block_size=16,
-        **{"num_kvcache_blocks": 64, **limits},
-    )
 
 
 def requests() -> list[SamplingParams]:

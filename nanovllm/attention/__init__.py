@@ -32,13 +32,9 @@ def select_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend]:
     for candidate in (BACKENDS[one] for one in names):
         reason = candidate.why_not(spec)
         if reason is None:
-            # On CUDA the fallback is slow enough to be asked about.
-            level = logging.WARNING if reasons and candidate is MatmulAttention and _is_cuda(spec) else logging.DEBUG
+            # Falling back to it on CUDA is slow enough to be asked about. (Elsewhere nothing is tried before it.)
+            level = logging.WARNING if reasons and candidate is MatmulAttention else logging.DEBUG
             logger.log(level, "attention backend %s for %s (%s)", candidate.name, spec, "; ".join(reasons))
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
     raise ValueError(f"no attention backend serves {spec}: {'; '.join(reasons)}")
-
-
-def _is_cuda(spec: AttentionSpec) -> bool:
-    return spec.device.type == "cuda"

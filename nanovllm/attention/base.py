@@ -160,3 +160,8 @@ class AttentionBackend(ABC):
     def kv_cache(self) -> Any:
         """The cache tensor, or None before it is allocated. For tests and diagnostics."""
         return None
+
+
+def packed_heads(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [tokens, heads, head_dim], copied if a token's heads do not lie packed."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

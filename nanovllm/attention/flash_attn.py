@@ -16,6 +16,7 @@ from nanovllm.attention.base import (
     AttentionStep,
     CacheTarget,
     DecodeMetadata,
+    packed_heads,
 )
 from nanovllm.kernels import why_no_triton
 from nanovllm.utils.transfer import to_device
@@ -128,7 +129,7 @@ class FlashStep(AttentionStep):
         target = self.target(layer)
         if target is None:
             return self._prefill(q.contiguous(), k.contiguous(), v.contiguous())
-        self.backend.store_kernels.store_kv(_packed(k), _packed(v), *target)
+        self.backend.store_kernels.store_kv(packed_heads(k), packed_heads(v), *target)
         return self.attend_cached(layer, q)
 
     def target(self, layer: int) -> CacheTarget | None:
@@ -140,7 +141,7 @@ class FlashStep(AttentionStep):
     def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         assert self.backend.cache is not None
         keys, values = self.backend.cache[layer]
-        q = _packed(q)
+        q = packed_heads(q)
         if self.decode_lengths is None:
             return self._prefill(q, keys, values)
         if self.prefill is None:
@@ -166,11 +167,6 @@ class FlashStep(AttentionStep):
             causal=True,
         ).squeeze(1)
         return out if self.real_rows is None else torch.where(self.real_rows, out, torch.zeros_like(out))
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [tokens, heads, head_dim], copied if a token's heads do not lie packed."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _lines(metadata: AttentionMetadata, rows: torch.Tensor) -> torch.Tensor:

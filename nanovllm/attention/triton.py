@@ -19,6 +19,7 @@ from nanovllm.attention.base import (
     AttentionStep,
     CacheTarget,
     DecodeMetadata,
+    packed_heads,
 )
 from nanovllm.kernels import is_interpreted, why_no_triton
 from nanovllm.utils.transfer import to_device
@@ -170,14 +171,14 @@ class TritonStep(AttentionStep):
         self.tiles: torch.Tensor | None = None  # [4, tiles], of rows of several queries
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        self.backend.store_kernels.store_kv(_packed(k), _packed(v), *self.target(layer))
+        self.backend.store_kernels.store_kv(packed_heads(k), packed_heads(v), *self.target(layer))
         return self.attend_cached(layer, q)
 
     def target(self, layer: int) -> CacheTarget:
         return CacheTarget(*self.layers[layer], self.slot_mapping)
 
     def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        backend, q = self.backend, _packed(q)
+        backend, q = self.backend, packed_heads(q)
         keys, values = self.layers[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if self.decode is not None:
@@ -187,8 +188,3 @@ class TritonStep(AttentionStep):
                 q, keys, values, self.block_tables, self.slots, self.tiles, backend.scale, out
             )
         return out
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [tokens, heads, head_dim], copied if a token's heads do not lie packed."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

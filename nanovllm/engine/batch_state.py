@@ -50,11 +50,13 @@ class SpecialRows:
         rows: Their numbers among the sampling rows.
         slots: Their slots.
         index: int64, their numbers on the device.
+        slot_index: int64, their slots on the device.
     """
 
     rows: list[int]
     slots: list[int]
     index: torch.Tensor
+    slot_index: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -268,7 +270,10 @@ class BatchState:
         """The rows whose sequences ask for more than a fixed temperature; None if there are none."""
         if self._special is None or self._special[0] != slots:
             rows = [row for row, slot in enumerate(slots) if self._is_special(slot)]
-            special = SpecialRows(rows, [slots[row] for row in rows], self._tensor(rows)) if rows else None
+            special = None
+            if rows:
+                special_slots = [slots[row] for row in rows]
+                special = SpecialRows(rows, special_slots, *self._tensor([rows, special_slots]).unbind(dim=0))
             self._special = (slots, special)
         return self._special[1]
 

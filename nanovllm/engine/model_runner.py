@@ -26,7 +26,6 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
 from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, kv_budget, memory_summary
 from nanovllm.utils.model_config import ModelConfig
-from nanovllm.utils.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +205,7 @@ class ModelRunner:
             return StepHandle(None, prompt_logprobs=prompt_logprobs)
         logits = self.model.compute_logits(hidden.index_select(0, step.hidden_rows))  # of no other rows
         if not self.draws_apart:
-            return self._sample(logits, sample, prompt_logprobs)
+            return StepHandle(*self._draw(logits, sample), prompt_logprobs)
         tokens = self.sampler(logits, state.plain_rows(sample.slot_index, sample.rows.positions))
         state.write(sample, tokens)
         return self._sample_special(tokens, logits, sample.slots, sample.longest, prompt_logprobs)
@@ -232,9 +231,8 @@ class ModelRunner:
         special = state.special_rows(slots)
         if special is None:
             return StepHandle(tokens, prompt_logprobs=prompt_logprobs)
-        slot_index = self._tensor(special.slots)
-        positions = state.num_computed[slot_index].long()  # by now, those of the sampled tokens
-        sample = state.sample_input(special.slots, slot_index, positions, longest)
+        positions = state.num_computed[special.slot_index].long()  # by now, those of the sampled tokens
+        sample = state.sample_input(special.slots, special.slot_index, positions, longest)
         drawn, errors, logprobs = self._draw(logits[special.index].float(), sample)
         tokens[special.index] = drawn.to(tokens.dtype)
         return StepHandle(
@@ -244,17 +242,14 @@ class ModelRunner:
             prompt_logprobs,
         )
 
-    def _sample(
-        self, logits: torch.Tensor, sample: SampleInput, prompt_logprobs: dict[int, tuple[int, list[DeviceLogprobs]]]
-    ) -> StepHandle:
-        """Draw tokens from float32 logits [sampling rows, vocab_size], which are changed."""
-        tokens, errors, logprobs = self._draw(logits, sample)
-        return StepHandle(tokens, errors, logprobs, prompt_logprobs)
-
     def _draw(
         self, logits: torch.Tensor, sample: SampleInput
     ) -> tuple[torch.Tensor, dict[int, str], tuple[list[int], DeviceLogprobs] | None]:
-        """Tokens, what went wrong by row, and the rows that ask for log-probabilities with these."""
+        """Draw tokens from float32 logits [sampling rows, vocab_size], which are changed.
+
+        Returns:
+            The tokens, what went wrong by row, and the rows that ask for log-probabilities with these.
+        """
         state, asking = self.batch_state, sample.asking
         raw = None if asking is None else logits[asking]  # a copy: what follows changes the logits
         errors = state.rules.apply(
@@ -276,9 +271,6 @@ class ModelRunner:
         if torch.is_autocast_enabled(self.device.type):
             return torch.autocast(self.device.type, enabled=False)
         return nullcontext()
-
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return to_device(values, torch.int64, self.device)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, row: PromptLogprobsInput) -> tuple[int, list[DeviceLogprobs]]:
         """Log-probabilities of a row's prompt tokens, a few at a time."""
