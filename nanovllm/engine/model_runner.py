@@ -1,6 +1,7 @@
 """Runs plans: the model, its KV cache and the batch state of one rank."""
 
 import logging
+import os
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -93,6 +94,11 @@ class ModelRunner:
         backend_class = select_backend(config.attention_backend, spec)
         self.block_size = config.kvcache_block_size or backend_class.default_block_size
         self.attention = backend_class(replace(spec, block_size=self.block_size))
+        reason = kernels.why_not_fused(self.device)
+        if reason is not None:
+            logger.warning(
+                "torch's operators replace the fused kernels on %s, which is slower: %s", self.device, reason
+            )
         # A resident holds at least one block, so more slots than blocks would never be filled.
         self.num_slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
         self._check_tables()
@@ -411,7 +417,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     kind = name.split(":")[0]
-    if (kind == "cuda" and not has_cuda) or (kind == "mps" and not has_mps):
+    if kind == "cuda" and not has_cuda:
+        raise ValueError(f"device is {name!r}, but {_why_no_cuda()}, or use device='cpu'")
+    if kind == "mps" and not has_mps:
         raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds none here; use device='cpu'")
     device = torch.device(name)
     if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
@@ -419,6 +427,20 @@ def resolve_device(name: str) -> torch.device:
     if kind == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _why_no_cuda() -> str:
+    """Why torch finds no CUDA device, and what to do about it."""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} was built without CUDA; install a build for CUDA (pytorch.org has the command "
+            "for this machine)"
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        f"torch {torch.__version__} sees no GPU; see that nvidia-smi lists one and that its driver is new enough for "
+        f"CUDA {torch.version.cuda}" + ("" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})")
+    )
 
 
 def resolve_dtype(name: str, model_config: ModelConfig) -> torch.dtype:
