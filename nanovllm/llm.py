@@ -2,18 +2,21 @@
 
 import inspect
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine import calls
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.prompts import Prompt, as_prompt_list
 from nanovllm.engine.request import PreparedRequest
-from nanovllm.engine.tokenizer import as_conversations, check_conversation, render_chat
+from nanovllm.engine.tokenizer import ChatOptions, as_conversations, check_conversation, render_chat
 from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import unknown_argument
+
+if TYPE_CHECKING:  # typing has it from Python 3.11 on
+    from typing_extensions import Unpack
 
 Params = SamplingParams | Sequence[SamplingParams | None] | None
 ON_ERROR = ("raise", "return")
@@ -142,13 +145,8 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: list[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
         on_error: str = "raise",
-        **unknown: Any,
+        **options: "Unpack[ChatOptions]",
     ) -> list[RequestOutput]:
         """Answer conversations: render them with the chat template and generate.
 
@@ -156,13 +154,9 @@ class LLM:
             messages: A conversation, ``[{"role": "user", "content": "..."}, ...]``, or a list of conversations.
             sampling_params: As for :meth:`generate`.
             use_tqdm: Show a progress bar.
-            chat_template: A Jinja template instead of the tokenizer's.
-            add_generation_prompt: End with the beginning of an answer.
-            continue_final_message: Continue the last message instead of answering it; needs
-                ``add_generation_prompt=False``.
-            tools: Functions the model may call, as the template takes them.
-            chat_template_kwargs: More arguments of the template, such as ``{"enable_thinking": False}``.
             on_error: As for :meth:`generate`.
+            options: How they are rendered: chat_template, add_generation_prompt, continue_final_message, tools and
+                chat_template_kwargs (:class:`nanovllm.engine.tokenizer.ChatOptions`).
 
         Returns:
             An output a conversation, in their order.
@@ -171,40 +165,18 @@ class LLM:
             TypeError: A message or parameter has the wrong type.
             ValueError: The template refuses a conversation, or as :meth:`generate` does.
         """
-        _no_unknown(self.chat, unknown)
+        _no_unknown(self.chat, options, ChatOptions.__optional_keys__)
         _check_on_error(on_error)
-        prompts = self._render(
-            messages,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        prompts = self._render(messages, options)
         return self._generate(prompts, _params_list(sampling_params, len(prompts)), use_tqdm, on_error)
 
-    def render_chat(
-        self,
-        messages: Any,
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: list[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[Prompt]:
+    def render_chat(self, messages: Any, **options: "Unpack[ChatOptions]") -> list[Prompt]:
         """Conversations as prompts, for :meth:`stream`, :meth:`generate_iter` and :meth:`score`.
 
         Arguments and errors are those of :meth:`chat`.
         """
-        prompts = self._render(
-            messages,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        _no_unknown(self.render_chat, options, ChatOptions.__optional_keys__)
+        prompts = self._render(messages, options)
         for prompt in prompts:
             if isinstance(prompt, Exception):
                 raise prompt
@@ -232,6 +204,17 @@ class LLM:
         prompt_list = as_prompt_list(prompts)
         prepared = self._prepare(prompt_list, _params_list(sampling_params, len(prompt_list)), "raise")
         return calls.stream(self.engine, [request for request in prepared if isinstance(request, PreparedRequest)])
+
+    def stream_chat(
+        self, messages: Any, sampling_params: Params = None, **options: "Unpack[ChatOptions]"
+    ) -> Generator[StreamOutput, None, None]:
+        """Answer conversations, and yield each new piece of text as it is made.
+
+        Arguments are those of :meth:`chat`; pieces and errors are those of :meth:`stream`, whose ``prompt_index`` here
+        tells the conversation.
+        """
+        _no_unknown(self.stream_chat, options, ChatOptions.__optional_keys__)
+        return self.stream(self.render_chat(messages, **options), sampling_params)
 
     def generate_iter(
         self,
@@ -372,10 +355,10 @@ class LLM:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _render(self, messages: Any, **options: Any) -> list[Any]:
+    def _render(self, messages: Any, options: ChatOptions) -> list[Any]:
         """For each conversation its prompt, or what is wrong with it."""
         tokenizer = self.get_tokenizer()
-        if options["add_generation_prompt"] and options["continue_final_message"]:
+        if options.get("continue_final_message", False) and options.get("add_generation_prompt", True):
             raise ValueError("continue_final_message needs add_generation_prompt=False: it is one or the other")
         prompts: list[Any] = []
         for name, conversation in as_conversations(messages):
@@ -403,10 +386,12 @@ class LLM:
         return prepared
 
 
-def _no_unknown(method: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
-    """TypeError if a method that gathers ``**unknown`` keywords was given any."""
-    for name in unknown:
-        raise unknown_argument(method.__name__, name, inspect.signature(method).parameters.keys() - {"unknown"})
+def _no_unknown(method: Callable[..., Any], gathered: Mapping[str, Any], known: Set[str] = frozenset()) -> None:
+    """TypeError if a method that gathers keywords was given any that are not ``known``."""
+    for name in gathered.keys() - known:
+        parameters = inspect.signature(method).parameters.values()
+        named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        raise unknown_argument(method.__name__, name, [*named, *known])
 
 
 def _check_on_error(on_error: str) -> None:

@@ -383,9 +383,18 @@ class TestSelection:
         with pytest.raises(ValueError, match=rf"attention_backend is {wrong!r}; use auto.*matmul"):
             select_backend(wrong, SPEC)
 
-    @pytest.mark.parametrize("name", ["auto", "matmul"])
-    def test_reasons_are_given_if_none_can(self, name: str) -> None:
-        with pytest.raises(ValueError, match=r"no attention backend serves.*matmul: dtype torch\.int8 is not a float"):
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (
+                "auto",
+                r"no attention backend serves 4 query heads, .*, int8, .*on cpu \(matmul: dtype torch\.int8 is not",
+            ),
+            ("matmul", r"attention_backend is 'matmul', but dtype torch\.int8 is not a floating-point type"),
+        ],
+    )
+    def test_reasons_are_given_if_none_can(self, name: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
             select_backend(name, replace(SPEC, dtype=torch.int8))
 
     def test_unknown_backend_is_refused_by_the_engine(self, tiny_checkpoint: Path) -> None:

@@ -20,10 +20,11 @@ import pytest
 from nanovllm import LLM, SamplingParams, __version__
 from nanovllm import batch as batch_module
 from nanovllm.batch import BatchJob, BatchSummary, run_batch
-from nanovllm.batch_rows import checkpoint_fingerprint
+from nanovllm.batch_rows import CHAT_OPTIONS, checkpoint_fingerprint
 from nanovllm.cli import main
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.metrics import Counters
+from nanovllm.engine.tokenizer import ChatOptions
 from nanovllm.outputs import CompletionOutput, RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -137,6 +138,10 @@ def test_a_completion_row_is_answered_as_a_text_completion(llm: LLM, files: File
     assert len(body["choices"][1]["logprobs"]["token_logprobs"]) == 4
     num_prompt = len(expected.prompt_token_ids)
     assert body["usage"] == {"prompt_tokens": num_prompt, "completion_tokens": 8, "total_tokens": num_prompt + 8}
+
+
+def test_a_row_may_have_every_option_of_a_chat() -> None:
+    assert CHAT_OPTIONS.keys() == ChatOptions.__optional_keys__
 
 
 def test_plain_rows_are_answered_with_text(llm: LLM, files: Files) -> None:

@@ -283,8 +283,34 @@ class TestDevice:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
     @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
     def test_no_cuda(self, tiny_checkpoint: Path, device: str) -> None:
-        with pytest.raises(ValueError, match=rf"device is '{device}', but torch .* finds none here; use device='cpu'"):
+        with pytest.raises(ValueError, match=rf"device is '{device}', but torch .*, or use device='cpu'"):
             make_llm(tiny_checkpoint, device=device)
+
+    def test_a_torch_without_cuda_is_to_be_replaced(
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", None)
+        monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+        message = (
+            r"device is 'cuda', but torch 2\.9\.1\+cpu was built without CUDA; install a build for CUDA \(pytorch.org"
+        )
+        with pytest.raises(ValueError, match=message):
+            make_llm(tiny_checkpoint, device="cuda")
+
+    @pytest.mark.parametrize(("visible", "told"), [(None, ""), ("", r" \(CUDA_VISIBLE_DEVICES is ''\)")])
+    def test_a_torch_with_cuda_sees_no_gpu(
+        self, tiny_checkpoint: Path, visible: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        message = rf"but torch .* sees no GPU; .*nvidia-smi.* new enough for CUDA 12\.8{told}, or use device='cpu'"
+        with pytest.raises(ValueError, match=message):
+            make_llm(tiny_checkpoint, device="cuda")
 
     @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
     def test_no_mps(self, tiny_checkpoint: Path) -> None:

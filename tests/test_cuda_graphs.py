@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm import LLM, SamplingParams, kernels
 from nanovllm.engine import batch_state, cuda_graphs
+from nanovllm.engine.batch_state import BatchState, SampleInput, SamplePlaces
 from nanovllm.engine.cuda_graphs import batch_sizes
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.temperature import Linear
@@ -232,6 +233,39 @@ class TestReplaying:
             assert tokens_of(llm, params[2:], PROMPTS[2:]) == expected[2:]
 
 
+def test_parameters_are_gathered_only_of_rows_that_are_drawn_apart(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps that are launched operation by operation; all others are drawn by temperature alone."""
+    gathered: list[list[int]] = []
+    collected: list[list[int]] = []
+    sample_input, collect = BatchState.sample_input, BatchState._collect
+
+    def noting(self: BatchState, places: SamplePlaces) -> SampleInput:
+        gathered.append(places.slots)
+        return sample_input(self, places)
+
+    def noting_collect(self: BatchState, slots: list[int]) -> Any:
+        collected.append(slots)
+        return collect(self, slots)
+
+    monkeypatch.setattr(BatchState, "sample_input", noting)
+    monkeypatch.setattr(BatchState, "_collect", noting_collect)
+    plain, bounded = (
+        SamplingParams(temperature=1.0, top_k=top_k, seed=1, max_tokens=5, ignore_eos=True) for top_k in (0, 3)
+    )
+    with open_llm(tiny_checkpoint) as llm:
+        expected = tokens_of(llm, [plain, bounded, plain], PROMPTS[:3])
+        llm.engine.runner.draws_apart = True
+        gathered.clear()
+        collected.clear()
+        tokens_of(llm, plain, PROMPTS[:3])
+        assert gathered == collected == []
+        assert tokens_of(llm, [plain, bounded, plain], PROMPTS[:3]) == expected
+        assert gathered == [[1]] * 5
+        assert collected == [[1]], "once for all steps of the same rows"
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails at operators that make the host wait for a CUDA device."""
 
@@ -260,15 +294,16 @@ def test_nothing_on_the_way_of_a_step_waits_for_the_device(tiny_checkpoint: Path
         state = llm.engine.runner.batch_state
         state.apply(plan)
         step = state.step_input(plan)
-        sample = step.sample
-        assert sample is not None
+        places = step.places
+        assert places is not None
         assert len(step.prompt_logprobs) == 1 + 1  # of slots 0 and 1
         logits = torch.randn(2, 211)
         assert (
             state.rules.apply(
-                logits, sample.slots, sample.slot_index, sample.rows.positions, sample.longest, state.token_ids
+                logits, places.slots, places.slot_index, places.positions, places.longest, state.token_ids
             )
             == {}
         )
-        state.append(sample, torch.tensor([3, -1]))
+        state.sample_input(places)
+        state.append(places, torch.tensor([3, -1]))
         state.apply(StepPlan(released=[0, 1, 2]))

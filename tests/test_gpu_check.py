@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.kernels import FEATURES, is_enabled
 from nanovllm.utils.random_checkpoint import parameter_shapes, random_config
 
 ROOT = Path(__file__).parent.parent
@@ -189,6 +190,19 @@ for part in [part for part in "abc" if part not in skip]:
         with pytest.raises(SystemExit):
             gpu_check.main(["--out", str(tmp_path)])
         assert "there is no CUDA device here" in capsys.readouterr().err
+
+
+def test_an_ablation_switches_off_what_there_is(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    off: dict[str, set[str]] = {}
+    for name, disabled in importlib.import_module("gpu_speed").ABLATIONS.items():
+        monkeypatch.setenv("NANOVLLM_DISABLE", disabled)
+        off[name] = {feature for feature in FEATURES if not is_enabled(feature)}
+    assert off["nothing"] == off["nothing, again"] == set()
+    assert off["batch_state"] == {"decode_inputs", "decode_outputs"}
+    assert off["all kernels"] == set(FEATURES) - {"graphs", "overlap"}
+    assert set().union(*(features for name, features in off.items() if name != "all kernels")) == set(FEATURES) - {
+        "nucleus"
+    }
 
 
 class TestRoofline:

@@ -2,33 +2,18 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
-from tools.compile_kernels import ARCHITECTURES, Compiled, format_table, kernel_modules
+from tools.compile_kernels import ARCHITECTURES, Compiled, format_table, kernel_modules, why_not
 
 SHARED_LIMITS = {80: 164 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 LOCAL_LIMIT = 64  # bytes a thread
-
-
-def why_not() -> str | None:
-    """Why nothing can be compiled here; None if it can."""
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return f"triton is for Linux on x86_64 and aarch64, not {sys.platform} on {platform.machine()}"
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return "the package triton is not installed"
-    if tuple(map(int, found.split(".")[:2])) < (3, 3):
-        return f"triton {found} does not know sm_100; 3.3 does"
-    return None
 
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")

@@ -1,5 +1,6 @@
 """The paged kernels against naive references, and the backends made of them. Without a GPU they are interpreted."""
 
+import logging
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -595,9 +596,7 @@ class TestFlashAttention:
 
     def test_what_it_does_not_serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spec = AttentionSpec(2, 16, 8, 128, torch.bfloat16, torch.device("cuda"), 256)
-        capability = (9, 0)
         pretend_gpu(monkeypatch)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         assert FlashAttention.why_not(spec) is None
         assert FlashAttention.why_not(replace(spec, block_size=None)) is None
         for changes, reason in (
@@ -607,8 +606,8 @@ class TestFlashAttention:
             ({"device": torch.device("cpu")}, "no kernels for cpu"),
         ):
             assert reason in (FlashAttention.why_not(replace(spec, **changes)) or "")
-        capability = (7, 5)
-        assert FlashAttention.why_not(spec) == "the GPU is older than Ampere"
+        monkeypatch.setattr("nanovllm.attention.flash_attn.why_no_triton", lambda device: "a GPU that is too old")
+        assert FlashAttention.why_not(spec) == "a GPU that is too old"
 
 
 class TestSelection:
@@ -616,15 +615,29 @@ class TestSelection:
 
     def test_flash_attn_must_be_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("nanovllm.attention.flash_attn.find_spec", lambda _: None)
-        with pytest.raises(ValueError, match=r"flash_attn: the package flash_attn is not installed"):
-            select_backend("flash_attn", SPEC)
+        spec = replace(SPEC, device=torch.device("cuda"))
+        with pytest.raises(
+            ValueError, match=r"attention_backend is 'flash_attn', but the package flash_attn is not installed \(it was"
+        ):
+            select_backend("flash_attn", spec)
 
-    def test_a_gpu_gets_triton_unless_it_cannot(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        spec = AttentionSpec(2, 16, 8, 128, torch.bfloat16, torch.device("cuda"))
+    def test_a_gpu_gets_triton_unless_it_cannot(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        spec = AttentionSpec(2, 16, 8, 128, torch.bfloat16, torch.device("cuda"), 16)
         pretend_gpu(monkeypatch)
         monkeypatch.setattr("nanovllm.attention.flash_attn.find_spec", lambda _: None)
-        assert select_backend("auto", spec) is TritonAttention
-        assert select_backend("auto", replace(spec, head_dim=32)) is BACKENDS["matmul"]
+        with caplog.at_level(logging.WARNING, logger="nanovllm"):
+            assert select_backend("auto", spec) is TritonAttention
+            assert select_backend("matmul", spec) is BACKENDS["matmul"]
+            assert caplog.text == "", "what was asked for is no news"
+            assert select_backend("auto", replace(spec, head_dim=32)) is BACKENDS["matmul"]
+        [record] = caplog.records
+        assert record.getMessage() == (
+            "attention falls back to matmul, which is slower, for 16 query heads, 8 key-value heads of 32, bfloat16, "
+            "blocks of 16 tokens, on cuda (triton: head_dim 32 is not a multiple of 8 from 64 to 256; flash_attn: the "
+            "package flash_attn is not installed)"
+        )
 
     @pytest.mark.skipif(DEVICE.type != "cpu", reason="interprets the kernels, which are compiled here")
     def test_interpreted_kernels_are_to_be_asked_for(self) -> None:

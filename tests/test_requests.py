@@ -123,6 +123,11 @@ class TestChat:
             demo.chat(QUESTION, continue_final_message=True)
         with pytest.raises(TypeError, match="chat has no argument 'chat_templat'; did you mean 'chat_template'"):
             demo.chat(QUESTION, chat_templat="x")
+        for method in (demo.render_chat, demo.stream_chat):
+            with pytest.raises(ValueError, match="continue_final_message needs add_generation_prompt=False"):
+                method(QUESTION, continue_final_message=True)
+            with pytest.raises(TypeError, match=r"_chat has no argument 'tool'; did you mean 'tools'"):
+                method(QUESTION, tool=[])
         with pytest.raises(TypeError, match="generate has no argument 'sampling_param'; did you mean"):
             demo.generate("x", sampling_param=None)
 
@@ -295,6 +300,24 @@ class TestStream:
                 assert text[index, completion.index] == completion.text
                 assert tokens[index, completion.index] == completion.token_ids
 
+    def test_a_chat_is_streamed_as_it_is_answered(self, demo: LLM) -> None:
+        conversations = [QUESTION, [{"role": "user", "content": "introduce yourself"}]]
+        params = [greedy(), SamplingParams(seed=1, max_tokens=30)]
+        for options in ({}, {"chat_template_kwargs": OFF}):
+            expected = demo.chat(conversations, params, use_tqdm=False, **options)
+            text = ["", ""]
+            for piece in demo.stream_chat(conversations, params, **options):
+                text[piece.prompt_index] += piece.text
+                if piece.output is not None:
+                    assert piece.output.prompt == expected[piece.prompt_index].prompt
+            assert text == texts(expected)
+
+    def test_one_message_can_be_continued_in_a_stream(self, demo: LLM) -> None:
+        begun = [*QUESTION, {"role": "assistant", "content": "The prime numbers up to 30: 2, 3, 5,"}]
+        pieces = demo.stream_chat(begun, greedy(), add_generation_prompt=False, continue_final_message=True)
+        assert "".join(piece.text for piece in pieces).endswith(" 7, 11, 13, 17, 19, 23, 29.")
+        assert list(demo.stream_chat([])) == []
+
     def test_leaving_the_loop_aborts_what_is_left(self, demo: LLM) -> None:
         for number, piece in enumerate(demo.stream(["hello", "you"], greedy(100, ignore_eos=True))):
             assert piece.request_id
@@ -326,6 +349,10 @@ class TestStream:
     def test_bad_prompts_are_refused_at_once(self, demo: LLM) -> None:
         with pytest.raises(ValueError, match="prompt 1 is empty"):
             demo.stream(["a", ""])
+        with pytest.raises(ValueError, match="conversation 1 is empty"):
+            demo.stream_chat([QUESTION, []])
+        with pytest.raises(ValueError, match=r"answer conversations with .* llm\.stream_chat\(messages\)"):
+            demo.stream(QUESTION)
 
 
 class TestIterator:

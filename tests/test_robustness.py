@@ -5,11 +5,9 @@ import gc
 import io
 import itertools
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -563,37 +561,6 @@ def test_a_progress_bar_that_goes_to_a_file_is_not_drawn_over_and_over(
 def test_without_a_progress_bar_nothing_is_shown(shared_llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
     shared_llm.generate([[1]], greedy(2), use_tqdm=False)
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("level", [None, "DEBUG"])
-def test_the_log_is_silent_unless_asked_and_then_shows_each_plan(tiny_checkpoint: Path, level: str | None) -> None:
-    code = (
-        "from nanovllm import LLM, SamplingParams\n"
-        f"llm = LLM({str(tiny_checkpoint)!r}, skip_tokenizer_init=True, device='cpu', num_kvcache_blocks=8)\n"
-        "llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "NANOVLLM_LOG_LEVEL"}
-    if level is not None:
-        environment["NANOVLLM_LOG_LEVEL"] = level
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True
-    )
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if "nanovllm" in line]
-    if level is None:
-        assert lines == []
-    else:
-        assert any("attention backend" in line for line in lines)
-        assert sum("3 tokens of 1 sequences" in line for line in lines) == 1
-        assert sum("1 tokens of 1 sequences" in line for line in lines) == 1
-
-
-def test_a_log_level_that_does_not_exist_is_warned_of_and_ends_no_program() -> None:
-    environment = {**os.environ, "NANOVLLM_LOG_LEVEL": "verbose"}
-    code = "import nanovllm; print('goes on')"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "goes on\n"
-    assert "NANOVLLM_LOG_LEVEL is 'verbose'; use one of DEBUG, INFO" in done.stderr
 
 
 def test_what_a_tokenizer_returns_is_a_prompt(shared_llm: LLM, reference: Reference) -> None:

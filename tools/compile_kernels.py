@@ -10,11 +10,16 @@ Triton 3.3 on Linux; the kernels themselves need 3.2.
 import argparse
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +37,19 @@ class Compiled(NamedTuple):
     registers: int
     local: int
     shared: int
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return f"triton is for Linux on x86_64 and aarch64, not {sys.platform} on {platform.machine()}"
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install 'triton>=3.3')"
+    with suppress(PackageNotFoundError):  # it may have come under another name, with a nightly build of torch
+        found = version("triton")
+        if tuple(map(int, found.split(".")[:2])) < (3, 3):
+            return f"triton {found} does not know sm_100; 3.3 does (pip install 'triton>=3.3')"
+    return None
 
 
 def kernel_modules() -> list[str]:
@@ -101,13 +119,16 @@ def format_table(compiled: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Raises RuntimeError if a kernel does not compile."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Raises RuntimeError if a kernel does not compile, SystemExit (2) if none can be compiled here."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("modules", nargs="*", metavar="module", help="of nanovllm/kernels (default: all)")
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), help="compute capabilities x 10")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    reason = why_not()
+    if reason is not None:
+        parser.exit(2, f"{parser.prog}: error: {reason}\n")
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined, and then there is nothing to compile
     sys.path.insert(0, str(ROOT))
     compiled = []

@@ -29,7 +29,14 @@ from nanovllm.utils.random_checkpoint import cached_random_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = Path(tempfile.gettempdir()) / "nanovllm-gpu-check"  # random weights stay here for the next stage
 # "nucleus" is for top_p, which no benchmark here asks for.
-KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "sample", "decode_inputs", "decode_outputs")
+KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "sample", "batch_state")
+# What is switched off at a time, by what it is called.
+ABLATIONS = {
+    "nothing": "",
+    **{name: name for name in ("graphs", "overlap", *KERNELS)},
+    "all kernels": " ".join((*KERNELS, "nucleus")),
+    "nothing, again": "",
+}
 MOST_TRACE_BYTES = 15 << 20  # a file that comes back from the GPU machine may have 16 MiB
 
 
@@ -161,10 +168,7 @@ def check_many(check: Check) -> None:
 def check_ablation(check: Check) -> None:
     """Half the standard run with everything on, and with one thing off at a time, each in a process of its own."""
     workload = "2:8-16:4-8" if check.quick else "128:100-1024:100-1024"
-    off = {"nothing": "", **{name: name for name in ("graphs", "overlap", *KERNELS)}}
-    off |= {"all kernels": " ".join((*KERNELS, "nucleus")), "nothing, again": ""}
-    if check.quick:
-        off = {"nothing": "", "graphs": "graphs"}
+    off = {"nothing": "", "graphs": "graphs"} if check.quick else ABLATIONS
     rates: dict[str, float] = {}
     for name, disabled in off.items():
         result = check.part(f"without {name}", bench_process, check, workload, disabled, [])

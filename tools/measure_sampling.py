@@ -84,12 +84,10 @@ def sampling_step(rows: int, params: Callable[[int], SamplingParams]) -> Callabl
     state.apply(plan)
 
     def run(logits: torch.Tensor) -> torch.Tensor:
-        sample = state.step_input(plan).sample
-        assert sample is not None
-        state.rules.apply(
-            logits, sample.slots, sample.slot_index, sample.rows.positions, sample.longest, state.token_ids
-        )
-        return sampler(logits, sample.rows)
+        places = state.step_input(plan).places
+        assert places is not None
+        state.rules.apply(logits, places.slots, places.slot_index, places.positions, places.longest, state.token_ids)
+        return sampler(logits, state.sample_input(places).rows)
 
     return run
 

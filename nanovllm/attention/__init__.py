@@ -28,13 +28,22 @@ def select_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend]:
     names = [name]
     if name == "auto":  # without a GPU, kernels could only be interpreted, which is to be asked for by name
         names = list(BACKENDS) if spec.device.type == "cuda" else [MatmulAttention.name]
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     for candidate in (BACKENDS[one] for one in names):
         reason = candidate.why_not(spec)
         if reason is None:
-            # Falling back to it on CUDA is slow enough to be asked about. (Elsewhere nothing is tried before it.)
-            level = logging.WARNING if reasons and candidate is MatmulAttention else logging.DEBUG
-            logger.log(level, "attention backend %s for %s (%s)", candidate.name, spec, "; ".join(reasons))
+            logger.debug("attention backend %s for %s", candidate.name, spec)
+            if candidate is MatmulAttention and reasons:  # only on CUDA, where it is slow enough to be asked about
+                logger.warning("attention falls back to matmul, which is slower, for %s (%s)", spec, _listed(reasons))
             return candidate
-        reasons.append(f"{candidate.name}: {reason}")
-    raise ValueError(f"no attention backend serves {spec}: {'; '.join(reasons)}")
+        reasons[candidate.name] = reason
+    if name != "auto":
+        raise ValueError(
+            f"attention_backend is {name!r}, but {reasons[name]} (it was to serve {spec}; attention_backend='auto' "
+            "takes one that can)"
+        )
+    raise ValueError(f"no attention backend serves {spec} ({_listed(reasons)})")
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -34,6 +34,12 @@ class AttentionSpec:
     device: torch.device
     block_size: int | None = None
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = [f"{self.num_heads} query heads", f"{self.num_kv_heads} key-value heads of {self.head_dim}", dtype]
+        parts += [] if self.block_size is None else [f"blocks of {self.block_size} tokens"]
+        return ", ".join([*parts, f"on {self.device}"])
+
     def bytes_per_token(self) -> int:
         """KV bytes a token takes, all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize

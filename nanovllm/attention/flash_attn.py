@@ -42,13 +42,11 @@ class FlashAttention(AttentionBackend):
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
-        if find_spec("flash_attn") is None:
-            return "the package flash_attn is not installed"
         if spec.device.type != "cuda":
             return f"flash_attn has no kernels for {spec.device.type}"
-        if torch.cuda.get_device_capability(spec.device) < (8, 0):
-            return "the GPU is older than Ampere"
-        return why_no_triton(spec.device) or cls._why_not_shape(spec)
+        if find_spec("flash_attn") is None:
+            return "the package flash_attn is not installed"
+        return why_no_triton(spec.device) or cls._why_not_shape(spec)  # both need Ampere or newer
 
     @staticmethod
     def _why_not_shape(spec: AttentionSpec) -> str | None:

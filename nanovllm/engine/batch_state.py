@@ -22,22 +22,33 @@ _TEMPERATURE, _TOP_P, _MIN_P, _TOP_K, _NOISE_KEY, _NUM_COLUMNS = 0, 1, 2, 3, 4, 
 
 
 @dataclass(slots=True)
-class SampleInput:
-    """What is sampled after a step.
+class SamplePlaces:
+    """Where the tokens that are sampled after a step belong.
 
     Args:
-        slots: Each sampling row's slot, where its token belongs.
+        slots: Each sampling row's slot.
         slot_index: The same, int64 [sampling rows].
-        rows: How they are sampled.
-        longest: At least the largest position of a token to be sampled.
-        logprobs: By sampling row, how many log-probabilities it asks for, if it does.
-        asking: int64, those rows; None if there are none.
+        positions: int64 [sampling rows], those of the tokens.
+        longest: At least the largest of them.
     """
 
     slots: list[int]
     slot_index: torch.Tensor
-    rows: SamplingRows
+    positions: torch.Tensor
     longest: int
+
+
+@dataclass(slots=True)
+class SampleInput:
+    """How they are sampled.
+
+    Args:
+        rows: The sampling rows' parameters.
+        logprobs: By sampling row, how many log-probabilities it asks for, if it does.
+        asking: int64, those rows; None if there are none.
+    """
+
+    rows: SamplingRows
     logprobs: dict[int, int]
     asking: torch.Tensor | None
 
@@ -101,7 +112,7 @@ class StepInput:
         token_ids: int64 [tokens].
         positions: int64 [tokens].
         attention: Rows, contexts and where keys and values go.
-        sample: What is sampled after it; None if no row samples.
+        places: Of the tokens that are sampled after it; None if no row samples.
         hidden_rows: int64 [sampling rows], the tokens whose hidden states give the logits.
         prompt_logprobs: Rows whose prompt tokens' log-probabilities are wanted.
     """
@@ -109,7 +120,7 @@ class StepInput:
     token_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionMetadata
-    sample: SampleInput | None
+    places: SamplePlaces | None
     hidden_rows: torch.Tensor
     prompt_logprobs: list[PromptLogprobsInput]
 
@@ -205,48 +216,38 @@ class BatchState:
         if len(sampling) < len(plan.slots):
             index = self._tensor(sampling)
             slots, last_tokens, next_positions = slots[index], last_tokens[index], next_positions[index]
-        sampling_slots = [plan.slots[row] for row in sampling]
+        sampled = [plan.slots[row] for row in sampling]
         return StepInput(
             token_ids=self.token_ids[token_slots, positions].long(),
             positions=positions,
             attention=attention,
-            sample=self.sample_input(sampling_slots, slots, next_positions, longest) if sampling else None,
+            places=SamplePlaces(sampled, slots, next_positions, longest) if sampling else None,
             hidden_rows=last_tokens,
             prompt_logprobs=self._prompt_logprobs_input(plan) if self._wanting_prompt_logprobs else [],
         )
 
-    def append(self, sample: SampleInput, tokens: torch.Tensor) -> None:
+    def append(self, places: SamplePlaces, tokens: torch.Tensor) -> None:
         """Note the sampled ``tokens`` [sampling rows], for later steps to start from and for the rows' rules."""
-        self.write(sample, tokens)
-        self.rules.record(sample.slots, tokens)
+        self.write(places, tokens)
+        self.rules.record(places.slots, tokens)
 
-    def write(self, sample: SampleInput, tokens: torch.Tensor) -> None:
+    def write(self, places: SamplePlaces, tokens: torch.Tensor) -> None:
         """Note sampled ``tokens`` [sampling rows] for later steps to start from; they may be written over."""
         # A row that failed has -1, which a step planned before that is known must not take for a token.
-        self.token_ids[sample.slot_index, sample.rows.positions] = tokens.clamp(min=0).to(torch.int32)
+        self.token_ids[places.slot_index, places.positions] = tokens.clamp(min=0).to(torch.int32)
 
-    def sample_input(
-        self, slots: list[int], slot_index: torch.Tensor, positions: torch.Tensor, longest: int
-    ) -> SampleInput:
-        """What sampling needs to know of the sequences in ``slots``.
-
-        Args:
-            slots: A slot a row.
-            slot_index: The same, int64 [rows].
-            positions: int64 [rows], positions of the tokens to be sampled.
-            longest: At least the largest of them.
-        """
+    def sample_input(self, places: SamplePlaces) -> SampleInput:
+        """What sampling needs to know of the sequences whose tokens belong in ``places``."""
+        slots, positions = places.slots, places.positions
         batch = self._batch[1] if self._batch is not None and self._batch[0] == slots else self._collect(slots)
         self._batch = (slots, batch)
-        params = self.params[slot_index]
+        params = self.params[places.slot_index]
         floats = params.view(torch.float32)
         temperature = floats[:, _TEMPERATURE]
         if batch.scheduled is not None:
             rows, prompt_lengths, pieces = batch.scheduled
             temperature[rows] = schedules.evaluate(pieces, positions[rows] - prompt_lengths)
         return SampleInput(
-            slots=slots,
-            slot_index=slot_index,
             rows=SamplingRows(
                 temperature=temperature,
                 top_k=params[:, _TOP_K].long(),
@@ -261,7 +262,6 @@ class BatchState:
                 num_candidates=batch.num_candidates,
                 any_unbounded=batch.any_unbounded,
             ),
-            longest=longest,
             logprobs=batch.logprobs,
             asking=batch.asking,
         )

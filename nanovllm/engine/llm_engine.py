@@ -287,8 +287,7 @@ class LLMEngine:
 
     def reset(self) -> None:
         """Drop all requests, and outputs that :meth:`step` has not given yet. The prefix cache stays."""
-        self._refuse_inside_a_step()
-        with self._lock:
+        with _Turn(self), self._lock:
             self._recover(self._broken or RuntimeError("the engine was reset"))
             self._ready, self._lost = [], []
 
@@ -299,8 +298,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """Drop all requests and free the model and its KV cache, whoever still holds the engine."""
-        self._refuse_inside_a_step()
-        with self._lock:
+        with _Turn(self), self._lock:  # in turn, or calls in other threads may end before they hear of it
             if not self._closed:
                 self._recover(RuntimeError("the engine was closed"))
                 self._closed = True

@@ -1,6 +1,7 @@
 """Runs plans: the model, its KV cache and the batch state of one rank."""
 
 import logging
+import os
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -13,7 +14,7 @@ from nanovllm import kernels
 from nanovllm.attention import AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput, SampleInput
+from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput, SamplePlaces
 from nanovllm.engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs, batch_sizes
 from nanovllm.engine.step_handle import DeviceLogprobs, DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
@@ -93,6 +94,11 @@ class ModelRunner:
         backend_class = select_backend(config.attention_backend, spec)
         self.block_size = config.kvcache_block_size or backend_class.default_block_size
         self.attention = backend_class(replace(spec, block_size=self.block_size))
+        reason = kernels.why_not_fused(self.device)
+        if reason is not None:
+            logger.warning(
+                "torch's operators replace the fused kernels on %s, which is slower: %s", self.device, reason
+            )
         # A resident holds at least one block, so more slots than blocks would never be filled.
         self.num_slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
         self._check_tables()
@@ -200,15 +206,15 @@ class ModelRunner:
         step = state.step_input(plan)
         hidden = self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
         prompt_logprobs = {row.row: self._prompt_logprobs(hidden, row) for row in step.prompt_logprobs}
-        sample = step.sample
-        if sample is None:
+        places = step.places
+        if places is None:
             return StepHandle(None, prompt_logprobs=prompt_logprobs)
         logits = self.model.compute_logits(hidden.index_select(0, step.hidden_rows))  # of no other rows
         if not self.draws_apart:
-            return StepHandle(*self._draw(logits, sample), prompt_logprobs)
-        tokens = self.sampler(logits, state.plain_rows(sample.slot_index, sample.rows.positions))
-        state.write(sample, tokens)
-        return self._sample_special(tokens, logits, sample.slots, sample.longest, prompt_logprobs)
+            return StepHandle(*self._draw(logits, places), prompt_logprobs)
+        tokens = self.sampler(logits, state.plain_rows(places.slot_index, places.positions))
+        state.write(places, tokens)
+        return self._sample_special(tokens, logits, places.slots, places.longest, prompt_logprobs)
 
     def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> StepHandle:
         """A decode step in one piece."""
@@ -232,8 +238,8 @@ class ModelRunner:
         if special is None:
             return StepHandle(tokens, prompt_logprobs=prompt_logprobs)
         positions = state.num_computed[special.slot_index].long()  # by now, those of the sampled tokens
-        sample = state.sample_input(special.slots, special.slot_index, positions, longest)
-        drawn, errors, logprobs = self._draw(logits[special.index].float(), sample)
+        places = SamplePlaces(special.slots, special.slot_index, positions, longest)
+        drawn, errors, logprobs = self._draw(logits[special.index].float(), places)
         tokens[special.index] = drawn.to(tokens.dtype)
         return StepHandle(
             tokens,
@@ -243,20 +249,22 @@ class ModelRunner:
         )
 
     def _draw(
-        self, logits: torch.Tensor, sample: SampleInput
+        self, logits: torch.Tensor, places: SamplePlaces
     ) -> tuple[torch.Tensor, dict[int, str], tuple[list[int], DeviceLogprobs] | None]:
         """Draw tokens from float32 logits [sampling rows, vocab_size], which are changed.
 
         Returns:
             The tokens, what went wrong by row, and the rows that ask for log-probabilities with these.
         """
-        state, asking = self.batch_state, sample.asking
+        state = self.batch_state
+        sample = state.sample_input(places)
+        asking = sample.asking
         raw = None if asking is None else logits[asking]  # a copy: what follows changes the logits
         errors = state.rules.apply(
-            logits, sample.slots, sample.slot_index, sample.rows.positions, sample.longest, state.token_ids
+            logits, places.slots, places.slot_index, places.positions, places.longest, state.token_ids
         )
         tokens = self.sampler(logits, sample.rows)
-        state.append(sample, tokens)
+        state.append(places, tokens)
         if raw is None or asking is None:
             return tokens, errors, None
         computed = DeviceLogprobs.compute(raw, tokens[asking], list(sample.logprobs.values()))
@@ -409,7 +417,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     kind = name.split(":")[0]
-    if (kind == "cuda" and not has_cuda) or (kind == "mps" and not has_mps):
+    if kind == "cuda" and not has_cuda:
+        raise ValueError(f"device is {name!r}, but {_why_no_cuda()}, or use device='cpu'")
+    if kind == "mps" and not has_mps:
         raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds none here; use device='cpu'")
     device = torch.device(name)
     if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
@@ -417,6 +427,20 @@ def resolve_device(name: str) -> torch.device:
     if kind == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _why_no_cuda() -> str:
+    """Why torch finds no CUDA device, and what to do about it."""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} was built without CUDA; install a build for CUDA (pytorch.org has the command "
+            "for this machine)"
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        f"torch {torch.__version__} sees no GPU; see that nvidia-smi lists one and that its driver is new enough for "
+        f"CUDA {torch.version.cuda}" + ("" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})")
+    )
 
 
 def resolve_dtype(name: str, model_config: ModelConfig) -> torch.dtype:

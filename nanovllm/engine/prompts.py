@@ -7,6 +7,7 @@ from typing import Any
 from nanovllm.utils.validation import check_int
 
 Prompt = str | list[int] | Mapping[str, Any]
+FOR_CHAT = "answer conversations with llm.chat(messages) or llm.stream_chat(messages)"
 
 
 def as_prompt_list(prompts: Any, name: str = "prompts") -> list[Any]:
@@ -41,7 +42,7 @@ def parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
         if "input_ids" in keys:
             return None, _encoded_ids(name, prompt)
         if {"role", "content"} <= set(keys):
-            raise ValueError(f"{name} is a chat message; answer conversations with llm.chat(messages)")
+            raise ValueError(f"{name} is a chat message; {FOR_CHAT}")
         if not keys or not set(keys) <= {"prompt", "prompt_token_ids"}:
             raise ValueError(f"{name} has the keys {keys}; use 'prompt' (text) or 'prompt_token_ids'")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
@@ -79,7 +80,7 @@ def _token_ids(name: str, ids: Any) -> list[int]:
         raise TypeError(f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary")
     ids = list(ids)
     if any(isinstance(token, Mapping) and "role" in token for token in ids):
-        raise ValueError(f"{name} is a conversation; answer conversations with llm.chat(messages)")
+        raise ValueError(f"{name} is a conversation; {FOR_CHAT}")
     if not all(type(token) is int for token in ids):
         ids = [check_int(f"position {position} of {name}", token) for position, token in enumerate(map(_plain, ids))]
     return ids

@@ -2,9 +2,28 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+class ChatOptions(TypedDict, total=False):
+    """How conversations become prompts.
+
+    Args:
+        chat_template: A Jinja template instead of the tokenizer's.
+        add_generation_prompt: End with the beginning of an answer, as is done unless told.
+        continue_final_message: Continue the last message instead of answering it; needs
+            ``add_generation_prompt=False``.
+        tools: Functions the model may call, as the template takes them.
+        chat_template_kwargs: More arguments of the template, such as ``{"enable_thinking": False}``.
+    """
+
+    chat_template: str | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: list[Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 def load_tokenizer(path: str) -> Any:
@@ -93,13 +112,13 @@ def render_chat(
     tokenizer: Any,
     conversation: list[dict[str, Any]],
     *,
-    chat_template: str | None,
-    add_generation_prompt: bool,
-    continue_final_message: bool,
-    tools: list[Any] | None,
-    chat_template_kwargs: Mapping[str, Any] | None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: list[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """A conversation as the text that the model was trained to continue.
+    """A conversation as the text that the model was trained to continue; the options are :class:`ChatOptions`.
 
     Raises:
         ValueError: The tokenizer has no chat template, or the template refuses the conversation.

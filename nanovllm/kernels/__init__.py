@@ -29,15 +29,16 @@ FEATURES = (
     "graphs",
     "overlap",
 )
+GROUPS = {"batch_state": ("decode_inputs", "decode_outputs")}  # a name for several
 
 
 def is_enabled(feature: str) -> bool:
     """Whether the environment does not switch ``feature`` off; ValueError if it names one that there is not."""
     disabled = os.environ.get(DISABLE_VARIABLE, "").replace(",", " ").split()
     for name in disabled:
-        if name not in FEATURES:
-            raise ValueError(f"{DISABLE_VARIABLE} names {name!r}; it may name {', '.join(FEATURES)}")
-    return feature not in disabled
+        if name not in FEATURES and name not in GROUPS:
+            raise ValueError(f"{DISABLE_VARIABLE} names {name!r}; it may name {', '.join((*FEATURES, *GROUPS))}")
+    return not any(feature in GROUPS.get(name, (name,)) for name in disabled)
 
 
 def is_interpreted() -> bool:
@@ -48,12 +49,13 @@ def is_interpreted() -> bool:
 @cache
 def why_no_triton(device: torch.device) -> str | None:
     """Why our kernels cannot run on a device; None if they can."""
+    interprets = device.type == "cpu" and is_interpreted()
+    if device.type != "cuda" and not interprets:  # said first: no package would help
+        return f"triton has no kernels for {device.type}"
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if device.type == "cpu" and is_interpreted():
+    if interprets:
         return None
-    if device.type != "cuda":
-        return f"triton has no kernels for {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return (
@@ -64,6 +66,11 @@ def why_no_triton(device: torch.device) -> str | None:
     except Exception as error:  # no C compiler, no headers of Python, a driver that is too old, ...
         return f"triton cannot launch a kernel here: {type(error).__name__}: {error}"
     return None
+
+
+def why_not_fused(device: torch.device) -> str | None:
+    """Why torch's operators must do the work of our kernels on a CUDA device; None on others, which have none."""
+    return why_no_triton(device) if device.type == "cuda" else None
 
 
 def load(name: str, device: torch.device) -> Callable[..., Any] | None:

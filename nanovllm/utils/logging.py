@@ -1,8 +1,9 @@
-"""Logging: the standard library's, quiet unless asked.
+"""Logging: the standard library's, of which only warnings show unless more is asked for.
 
 Every module logs through ``logging.getLogger(__name__)``, so an application configures it as any library's, under the
-name ``nanovllm``. Setting ``NANOVLLM_LOG_LEVEL`` before the import prints to stderr without further ado: ``DEBUG``
-shows every step's plan, its shapes and why a backend was chosen.
+name ``nanovllm``. Where it configures nothing, Python prints warnings and what is worse to stderr by itself. Setting
+``NANOVLLM_LOG_LEVEL`` before the import prints more without further ado: ``DEBUG`` shows every step's plan, its shapes
+and why a backend was chosen.
 """
 
 import logging
@@ -18,8 +19,8 @@ def configure_logging() -> None:
 
     A name that is no level is warned of and left alone: a library must not end the program that imports it.
     """
+    # No NullHandler: with one, Python's handler of last resort would hide the warnings it shows otherwise.
     logger = logging.getLogger("nanovllm")
-    logger.addHandler(logging.NullHandler())
     name = os.environ.get(LEVEL_VARIABLE, "").upper()
     if not name:
         return
