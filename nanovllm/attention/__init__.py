@@ -3,6 +3,7 @@
 import logging
 
 from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.attention.cpu import CpuAttention
 from nanovllm.attention.flash_attn import FlashAttention
 from nanovllm.attention.matmul import MatmulAttention
 from nanovllm.attention.triton import TritonAttention
@@ -13,7 +14,12 @@ logger = logging.getLogger(__name__)
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, type[AttentionBackend]] = {
-    backend.name: backend for backend in (TritonAttention, FlashAttention, MatmulAttention)
+    backend.name: backend for backend in (TritonAttention, FlashAttention, CpuAttention, MatmulAttention)
+}
+# (Without a GPU, Triton's kernels could only be interpreted, which is to be asked for by name.)
+_CANDIDATES = {
+    "cuda": [TritonAttention.name, FlashAttention.name, MatmulAttention.name],
+    "cpu": [CpuAttention.name, MatmulAttention.name],
 }
 
 
@@ -25,16 +31,18 @@ def select_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend]:
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend is {name!r}; use auto, {', '.join(BACKENDS)}")
-    names = [name]
-    if name == "auto":  # without a GPU, kernels could only be interpreted, which is to be asked for by name
-        names = list(BACKENDS) if spec.device.type == "cuda" else [MatmulAttention.name]
+    names = [name] if name != "auto" else _CANDIDATES.get(spec.device.type, [MatmulAttention.name])
     reasons: dict[str, str] = {}
     for candidate in (BACKENDS[one] for one in names):
         reason = candidate.why_not(spec)
         if reason is None:
             logger.debug("attention backend %s for %s", candidate.name, spec)
-            if candidate is MatmulAttention and reasons:  # only on CUDA, where it is slow enough to be asked about
-                logger.warning("attention falls back to matmul, which is slower, for %s (%s)", spec, _listed(reasons))
+            if candidate is MatmulAttention and reasons:
+                # On CUDA it is slow enough to be asked about; on the CPU some dtypes and sizes have nothing else.
+                level = logging.WARNING if spec.device.type == "cuda" else logging.INFO
+                logger.log(
+                    level, "attention falls back to matmul, which is slower, for %s (%s)", spec, _listed(reasons)
+                )
             return candidate
         reasons[candidate.name] = reason
     if name != "auto":

@@ -6,6 +6,7 @@ cache and attends.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -97,6 +98,18 @@ class CacheTarget(NamedTuple):
     slot_mapping: torch.Tensor
 
 
+class FusedStore(NamedTuple):
+    """A kernel that normalises and rotates queries and keys, and writes keys and values to a layer's cache.
+
+    Args:
+        kernel: The device's ``qk_norm_rope_store``.
+        target: What it takes to find the layer's cache.
+    """
+
+    kernel: Callable[..., torch.Tensor]
+    target: tuple[Any, ...]
+
+
 class AttentionStep(ABC):
     """One step's attention, for all layers."""
 
@@ -116,12 +129,12 @@ class AttentionStep(ABC):
             [tokens, num_heads, head_dim].
         """
 
-    def target(self, layer: int) -> CacheTarget | None:
-        """Where a kernel may write the layer's keys and values before :meth:`attend_cached`; None: use ``attend``."""
+    def fused_store(self, layer: int) -> "FusedStore | None":
+        """How to write the layer's keys and values before :meth:`attend_cached`; None: :meth:`attend` does both."""
         return None
 
     def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """:meth:`attend`, once the step's keys and values have been written to :meth:`target`."""
+        """:meth:`attend`, once the step's keys and values have been written by :meth:`fused_store`."""
         raise NotImplementedError(f"{type(self).__name__} writes keys and values itself")
 
 
@@ -151,6 +164,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache of all layers. Before this, steps attend only within themselves."""
+
+    def bytes_per_token(self) -> int:
+        """Bytes of the cache a token takes, all layers."""
+        return self.spec.bytes_per_token()
 
     @abstractmethod
     def begin_step(self, metadata: AttentionMetadata) -> AttentionStep:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from nanovllm import kernels
 from nanovllm.attention.base import (
     AttentionBackend,
     AttentionMetadata,
@@ -16,6 +17,7 @@ from nanovllm.attention.base import (
     AttentionStep,
     CacheTarget,
     DecodeMetadata,
+    FusedStore,
     packed_heads,
 )
 from nanovllm.kernels import why_no_triton
@@ -33,6 +35,7 @@ class FlashAttention(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
+        self.fused_store = kernels.load("qk_norm_rope_store", spec.device)
         import flash_attn
 
         from nanovllm.kernels import store_kv
@@ -130,7 +133,12 @@ class FlashStep(AttentionStep):
         self.backend.store_kernels.store_kv(packed_heads(k), packed_heads(v), *target)
         return self.attend_cached(layer, q)
 
+    def fused_store(self, layer: int) -> FusedStore | None:
+        kernel, target = self.backend.fused_store, self.target(layer)
+        return None if kernel is None or target is None else FusedStore(kernel, target)
+
     def target(self, layer: int) -> CacheTarget | None:
+        """Where the layer's keys and values go; None before there is a cache."""
         if self.backend.cache is None:
             return None
         keys, values = self.backend.cache[layer].transpose(2, 3)

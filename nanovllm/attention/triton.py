@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from nanovllm import kernels
 from nanovllm.attention.base import (
     AttentionBackend,
     AttentionMetadata,
@@ -19,6 +20,7 @@ from nanovllm.attention.base import (
     AttentionStep,
     CacheTarget,
     DecodeMetadata,
+    FusedStore,
     packed_heads,
 )
 from nanovllm.kernels import is_interpreted, why_no_triton
@@ -42,6 +44,7 @@ class TritonAttention(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
+        self.fused_store = kernels.load("qk_norm_rope_store", spec.device)
         from nanovllm.kernels import paged_decode, paged_prefill, store_kv
 
         self.decode_kernels, self.prefill_kernels, self.store_kernels = paged_decode, paged_prefill, store_kv
@@ -174,7 +177,12 @@ class TritonStep(AttentionStep):
         self.backend.store_kernels.store_kv(packed_heads(k), packed_heads(v), *self.target(layer))
         return self.attend_cached(layer, q)
 
+    def fused_store(self, layer: int) -> FusedStore | None:
+        kernel = self.backend.fused_store
+        return None if kernel is None else FusedStore(kernel, self.target(layer))
+
     def target(self, layer: int) -> CacheTarget:
+        """Where the layer's keys and values go."""
         return CacheTarget(*self.layers[layer], self.slot_mapping)
 
     def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:

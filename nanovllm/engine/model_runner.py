@@ -121,7 +121,7 @@ class ModelRunner:
         """Size and allocate the KV cache, and the batch state."""
         budget = self.config.max_num_batched_tokens
         self.max_step_tokens = min(budget, CPU_STEP_TOKENS) if self.device.type == "cpu" else budget
-        self.num_kvcache_blocks = self._size_kv_cache(self.attention.spec)
+        self.num_kvcache_blocks = self._size_kv_cache()
         self.attention.allocate_cache(self.num_kvcache_blocks)
         self.num_slots = min(self.num_slots, self.num_kvcache_blocks)
         self.batch_state = BatchState(
@@ -304,7 +304,7 @@ class ModelRunner:
 
     def kvcache_bytes(self) -> int:
         """Size of the KV cache."""
-        return self.num_kvcache_blocks * self.block_size * self.attention.spec.bytes_per_token()
+        return self.num_kvcache_blocks * self.block_size * self.attention.bytes_per_token()
 
     def _table_bytes(self) -> int:
         """Bytes of what is allocated after the KV cache: the batch state, and what captured steps need."""
@@ -324,9 +324,9 @@ class ModelRunner:
                 f"{needed:,} bytes, and {free:,} are free on {self.device} (lower one of them)"
             )
 
-    def _size_kv_cache(self, spec: AttentionSpec) -> int:
+    def _size_kv_cache(self) -> int:
         """Blocks of the KV cache: as told, else what memory and the largest possible need allow."""
-        block_bytes = self.block_size * spec.bytes_per_token()
+        block_bytes = self.block_size * self.attention.bytes_per_token()
         blocks_per_sequence = -(-self.max_model_len // self.block_size)
         if self.config.num_kvcache_blocks is not None:
             wanted = self.config.num_kvcache_blocks

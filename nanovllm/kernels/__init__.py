@@ -1,4 +1,4 @@
-"""Triton kernels, an operation a file, each beside its plain torch reference of the same signature.
+"""Kernels: Triton's, an operation a file, each beside its torch reference of the same signature; the CPU's in ``cpu/``.
 
 Triton is imported only when a kernel is loaded, so that the package imports on machines that have none. Whatever the
 kernels do, the layers also do with torch's operators: ``load`` answers None where those are to be used.
@@ -21,6 +21,7 @@ DISABLE_VARIABLE = "NANOVLLM_DISABLE"
 FEATURES = (
     "rms_norm",
     "silu_and_mul",
+    "linear",
     "qk_norm_rope_store",
     "decode_inputs",
     "decode_outputs",
@@ -30,6 +31,11 @@ FEATURES = (
     "overlap",
 )
 GROUPS = {"batch_state": ("decode_inputs", "decode_outputs")}  # a name for several
+
+
+# Kernels there are for the CPU, and the dtypes they are for. (Attention: the backend ``cpu``.)
+CPU_KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "linear")
+CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def is_enabled(feature: str) -> bool:
@@ -73,11 +79,30 @@ def why_not_fused(device: torch.device) -> str | None:
     return why_no_triton(device) if device.type == "cuda" else None
 
 
-def load(name: str, device: torch.device) -> Callable[..., Any] | None:
-    """The function ``name`` of ``kernels/<name>.py``; None where torch's operators are to be used instead."""
-    if not is_enabled(name) or device.type != "cuda" or why_no_triton(device) is not None:
+@cache
+def why_no_cpu_kernels() -> str | None:
+    """Why our kernels cannot run on the CPU; None if they can."""
+    if find_spec("numba") is None:
+        return "the package numba is not installed"
+    try:
+        import_module("nanovllm.kernels.cpu.rms_norm")
+    except Exception as error:  # a numba that is too old or does not go with numpy, a processor it does not know, ...
+        return f"numba cannot compile a kernel here: {type(error).__name__}: {error}"
+    return None
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any] | None:
+    """The function ``name`` of a kernel for ``device``; None where torch's operators are to be used instead.
+
+    On CUDA that of ``kernels/<name>.py``, on the CPU that of ``kernels/cpu/<name>.py``, which is for some dtypes only.
+    """
+    if not is_enabled(name):
         return None
-    return getattr(import_module(f"nanovllm.kernels.{name}"), name)
+    if device.type == "cuda" and why_no_triton(device) is None:
+        return getattr(import_module(f"nanovllm.kernels.{name}"), name)
+    if device.type == "cpu" and name in CPU_KERNELS and dtype in CPU_DTYPES and why_no_cpu_kernels() is None:
+        return getattr(import_module(f"nanovllm.kernels.cpu.{name}"), name)
+    return None
 
 
 def load_or_reference(name: str, device: torch.device) -> Callable[..., Any]:

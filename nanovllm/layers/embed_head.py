@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.layers.product import PackableProduct
+from nanovllm.layers.product import PackableProduct, PackedWeight
 from nanovllm.utils.loader import COPY, DifferentCopyError, Span, TensorSource, copy_span, equals_rows, new_parameter
 
 
@@ -21,7 +21,8 @@ class VocabParallelEmbedding(nn.Module):
         tied_to: The embedding whose table this one is.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | None
+    packed: PackedWeight | None = None  # in place of the weight, where the output head's serves both
 
     def __init__(
         self,
@@ -39,16 +40,24 @@ class VocabParallelEmbedding(nn.Module):
         self.first_id = min(parallel.rank * self.rows, vocab_size)
         self.num_ids = min(self.rows, vocab_size - self.first_id)  # the rest of the rows is padding
         shape = (self.rows, hidden_size)
+        self.tied_to = [tied_to] if tied_to else []  # in a list: it is not a part of this module
         self.weight = tied_to.weight if tied_to else new_parameter(shape, dtype, device, self._load)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [tokens] -> [tokens, hidden_size]."""
         if self.parallel.size == 1:
-            return F.embedding(token_ids, self.weight)
+            return self._rows(token_ids)
         local = token_ids - self.first_id
         mine = (local >= 0) & (local < self.num_ids)
-        rows = F.embedding(local.where(mine, 0), self.weight)
-        return self.parallel.all_reduce(rows * mine.unsqueeze(-1))
+        return self.parallel.all_reduce(self._rows(local.where(mine, 0)) * mine.unsqueeze(-1))
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.weight is not None:
+            return F.embedding(ids, self.weight)
+        assert self.packed is not None
+        rows = self.packed.rows(ids)
+        assert rows is not None
+        return rows
 
     def _load(self, parameter: nn.Parameter, source: TensorSource, shard_id: str) -> None:
         rows, span = parameter.data[: self.num_ids], Span(self.first_id, self.num_ids, self.vocab_size)
@@ -66,6 +75,14 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[misc]  # its weight may be packed
     """Logits over the vocabulary from hidden states; may share its table with the embedding."""
 
+    def pack(self, packing: type[PackedWeight]) -> None:
+        """Replace the weight by its packed form, and that of the embedding it is tied to, if rows can be read of it."""
+        super().pack(packing)
+        assert self.packed is not None
+        for embedding in self.tied_to:
+            if self.packed.rows(torch.zeros(1, dtype=torch.int64)) is not None:
+                embedding.weight, embedding.packed = None, self.packed
+
     def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank.
 
@@ -75,6 +92,6 @@ class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[m
             if self.parallel.size > 1 or self.weight is None:
                 return out.copy_(self.parallel.all_gather(self.product(hidden))[:, : self.vocab_size])
             return torch.mm(hidden, self.weight.t(), out=out)
-        logits = self.parallel.all_gather(self.product(hidden))
+        logits = self.parallel.all_gather(self.product(hidden, dtype=torch.float32))
         # Padding, if there is any, is the end of the last shares that hold rows, hence the end of the whole.
-        return logits[:, : self.vocab_size].float()
+        return logits[:, : self.vocab_size]

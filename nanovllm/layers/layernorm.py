@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.fused_add = kernels.load("rms_norm", torch.device(device))
+        self.fused_add = kernels.load("rms_norm", torch.device(device), dtype)
         self.weight = new_parameter((size,), dtype, device, self._load)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

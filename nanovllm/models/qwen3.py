@@ -6,7 +6,6 @@
 import torch
 from torch import nn
 
-from nanovllm import kernels
 from nanovllm.attention.base import AttentionStep
 from nanovllm.layers.activation import get_activation
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
@@ -52,16 +51,15 @@ class Qwen3Attention(nn.Module):
         )
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
-        self.fused_store = kernels.load("qk_norm_rope_store", device)
 
     def forward(self, hidden: torch.Tensor, rotation: Rotation, attention: AttentionStep) -> torch.Tensor:
         heads, kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         qkv = self.qkv_proj(hidden)
-        target = attention.target(self.layer) if self.fused_store is not None else None
-        if self.fused_store is not None and target is not None:
+        fused = attention.fused_store(self.layer)
+        if fused is not None:
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
             tables = rotation.cos, rotation.sin, rotation.positions
-            q = self.fused_store(qkv, *norms, *tables, *target, heads, kv_heads)
+            q = fused.kernel(qkv, *norms, *tables, *fused.target, heads, kv_heads)
             return self.o_proj(attention.attend_cached(self.layer, q).flatten(1))
         q, k, v = qkv.view(-1, heads + 2 * kv_heads, self.head_dim).split((heads, kv_heads, kv_heads), dim=1)
         q = apply_rotary(self.q_norm(q), *rotation.rows())  # [tokens, heads, head_dim]
@@ -76,7 +74,7 @@ class Qwen3MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = GateUpParallelLinear(config.hidden_size, config.intermediate_size, parallel, dtype, device)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, False, parallel, dtype, device)
-        self.activation = get_activation(config.hidden_act, device)
+        self.activation = get_activation(config.hidden_act, device, dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.gate_up_proj(hidden)))

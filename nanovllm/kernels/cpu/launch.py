@@ -1,0 +1,213 @@
+"""Compiles kernels for this machine once, and runs them on torch's own threads.
+
+A kernel is a function of one address, where its arguments lie as int64: first the counter of tasks begun, the number of
+tasks and the counter of threads, then its own (:func:`integers`). Every thread calls it; it takes tasks
+from the counter until none is left, so a thread that is held up delays nobody.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import struct
+import sys
+import threading
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+
+from nanovllm.kernels.cpu.vectors import Address, as_int64, fetch_add, of_bits
+from nanovllm.version import __version__
+
+logger = logging.getLogger(__name__)
+
+# Where compiled kernels are kept; the user's cache directory by default.
+CACHE_VARIABLE = "NANOVLLM_CACHE"
+_HEADER = 3
+_THREAD_COUNTER = 16  # bytes into the arguments
+_numba_settings = threading.Lock()
+
+
+@intrinsic
+def integers(typing_context, arguments, count):  # type: ignore[no-untyped-def]
+    """A kernel's own arguments, a literal number of them, as a tuple of int64: sizes, addresses, bits of floats."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None  # numba asks again, with the literal
+    number = count.literal_value
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        start = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        places = [builder.gep(start, [ir.Constant(ir.IntType(64), _HEADER + i)]) for i in range(number)]
+        return context.make_tuple(builder, signature.return_type, [builder.load(place) for place in places])
+
+    return types.UniTuple(types.int64, number)(Address, count), generate
+
+
+@njit(inline="always")
+def as_float(bits: Any) -> Any:
+    """The float32 that :func:`as_integer` made an argument of."""
+    return of_bits(types.int32(bits))
+
+
+@njit(inline="always")
+def next_task(arguments: Any) -> Any:
+    """A task nobody has begun; at least :func:`num_tasks` if there is none."""
+    return fetch_add(arguments, 1)
+
+
+@njit(inline="always")
+def num_tasks(arguments: Any) -> Any:
+    """Tasks of the launch."""
+    return as_int64(arguments)[1]
+
+
+@njit(inline="always")
+def thread_number(arguments: Any) -> Any:
+    """A number of the calling thread's own, from 0. To be asked for once a call."""
+    return fetch_add(arguments + _THREAD_COUNTER, 1)
+
+
+class Kernel:
+    """A compiled kernel; calling it runs ``tasks`` tasks on torch's threads and returns when all are done.
+
+    Args:
+        function: Of one int64, the address of the arguments.
+    """
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self.name = function.__name__
+        self.address = _compile(function)
+
+    def __call__(self, tasks: int, *arguments: int, threads: int | None = None) -> None:
+        """Run.
+
+        Args:
+            tasks: Their number.
+            arguments: Sizes, addresses, and floats as :func:`as_integer` gives them.
+            threads: At most so many; None: as many as torch uses.
+        """
+        if tasks <= 0:
+            return
+        values = array("q", (0, tasks, 0, *arguments))
+        count = min(threads or torch.get_num_threads(), tasks)
+        address = values.buffer_info()[0]
+        if count == 1:
+            _call(self.address, address)
+        else:
+            _fork()(self.address, address, count)
+
+
+def as_integer(value: float) -> int:
+    """A float32 as an argument of a kernel."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+def _compile(function: Callable[[Any], None]) -> int:
+    """Machine code of a kernel, from the cache if it is there; returns its address."""
+    signature = types.void(Address)
+    directory = cache_directory()
+    if directory is not None:
+        # numba looks at its setting when a function is declared. It keeps what it compiled by the time stamp of the
+        # function's own file, which knows nothing of the functions that are built into it: hence the fingerprint.
+        with _numba_settings:
+            before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, directory
+            try:
+                compiled = cfunc(signature, cache=True, fastmath=_FAST_MATH, error_model="numpy")(function)
+            except (OSError, RuntimeError) as error:  # a full disk, a directory that vanished, ...
+                logger.info("%s is compiled without the cache: %s", function.__name__, error)
+            else:
+                _keep_alive.append(compiled)
+                return compiled.address
+            finally:
+                numba.config.CACHE_DIR = before
+    compiled = cfunc(signature, fastmath=_FAST_MATH, error_model="numpy")(function)
+    _keep_alive.append(compiled)
+    return compiled.address
+
+
+_keep_alive: list[Any] = []
+# Sums may be taken in any order and products fused; infinities and NaN keep their meaning.
+_FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
+
+
+@cache
+def cache_directory() -> str | None:
+    """Where compiled kernels are kept, for these sources, versions and this kind of processor; None if nowhere."""
+    root = os.environ.get(CACHE_VARIABLE) or _user_cache()
+    try:
+        directory = Path(root).expanduser() / f"kernels-{_fingerprint()}"
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".{os.getpid()}-{threading.get_ident()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        logger.info("compiled kernels are not kept: %s", error)
+        return None
+    return str(directory)
+
+
+def _user_cache() -> str:
+    if os.name == "nt":
+        return os.path.join(os.environ.get("LOCALAPPDATA", "~"), "nanovllm")
+    if sys.platform == "darwin":
+        return "~/Library/Caches/nanovllm"
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanovllm")
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256(f"{__version__} {numba.__version__} {platform.python_version()}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+_RunOnThreads = Callable[[int, int, int], None]  # (kernel, arguments, threads)
+_KERNEL_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+
+
+def _call(kernel: int, arguments: int) -> None:
+    _KERNEL_TYPE(kernel)(arguments)
+
+
+@cache
+def _fork() -> _RunOnThreads:
+    """How to call a kernel on several threads.
+
+    On torch's own, if they can be had: a second set of threads would fight the first for the cores, since threads of
+    OpenMP spin for a while after their work is done. Its entry point GOMP_parallel is GNU's, and part of LLVM's and
+    Intel's library too. Where torch has none of them, a pool of Python's threads has to do.
+    """
+    try:
+        library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"))))
+        parallel = library.GOMP_parallel  # found in what the library was linked with
+    except (StopIteration, OSError, AttributeError):
+        return _fork_python_threads
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+
+    def fork(kernel: int, arguments: int, threads: int) -> None:
+        parallel(kernel, arguments, threads, 0)
+
+    return fork
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="nanovllm")
+
+
+def _fork_python_threads(kernel: int, arguments: int, threads: int) -> None:
+    futures = [_pool().submit(_call, kernel, arguments) for _ in range(threads - 1)]
+    _call(kernel, arguments)
+    for future in futures:
+        future.result()

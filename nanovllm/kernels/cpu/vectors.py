@@ -1,0 +1,335 @@
+"""What the CPU kernels need and numba lacks: memory at an address, bfloat16, and products in vector registers.
+
+Kernels are plain Python that numba compiles (https://numba.pydata.org). Loops over the elements of a row are left to
+its compiler, which makes vector code of them. Matrix products are not: what matters there is that a tile of the result
+stays in registers, so :func:`tile` and its kin write LLVM's instructions themselves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16  # 4-byte elements a vector: one AVX-512 register, two of AVX2, four of NEON
+VECTOR_BYTES = 4 * LANES
+COLUMNS = 2 * LANES  # of a tile: two vectors, so that each element of the left factor is used twice once it is loaded
+
+_features = llvm.get_host_cpu_features()
+HAS_AVX512 = bool(_features.get("avx512f"))
+HAS_BF16_PRODUCTS = bool(_features.get("avx512bf16"))
+HAS_AMX = bool(_features.get("amx-bf16"))
+HAS_INT8_PRODUCTS = bool(_features.get("avx512vnni"))
+
+# Most rows of a tile: 12 x 2 accumulators leave eight of AVX-512's 32 registers for the factors. With AVX2 or NEON a
+# vector is several of fewer or smaller registers.
+MAX_ROWS = 12 if HAS_AVX512 else 2
+
+
+class _BFloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
+
+Address = types.int64
+
+
+def _pointer_reader(numba_type: Any) -> Any:
+    """An intrinsic that takes an address for a pointer to ``numba_type``."""
+
+    @intrinsic
+    def as_pointer(typing_context, address):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(numba_type)(Address), generate
+
+    return as_pointer
+
+
+as_float32 = _pointer_reader(types.float32)
+as_int32 = _pointer_reader(types.int32)
+as_int64 = _pointer_reader(types.int64)
+as_uint16 = _pointer_reader(types.uint16)
+as_uint8 = _pointer_reader(types.uint8)
+
+
+@intrinsic
+def fetch_add(typing_context, address, value):  # type: ignore[no-untyped-def]
+    """Add to the int64 at an address in one indivisible step; returns what it was before."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", _at(builder, arguments[0], _I64), arguments[1], "monotonic")
+
+    return types.int64(Address, types.int64), generate
+
+
+@intrinsic
+def bits_of(typing_context, value):  # type: ignore[no-untyped-def]
+    """The bits of a float32, as int32."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def of_bits(typing_context, value):  # type: ignore[no-untyped-def]
+    """The float32 of the bits of an int32."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], _F32)
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def scratch(typing_context, num_floats):  # type: ignore[no-untyped-def]
+    """The address of memory of the calling kernel's own, for a literal number of 4-byte elements."""
+    if not isinstance(num_floats, types.IntegerLiteral):
+        return None  # numba asks again, with the literal
+    size = num_floats.literal_value
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        memory = cgutils.alloca_once(builder, ir.ArrayType(_F32, size))
+        memory.align = VECTOR_BYTES
+        return builder.ptrtoint(memory, _I64)
+
+    return Address(num_floats), generate
+
+
+@njit(inline="always")
+def widen(bits: Any) -> Any:
+    """The float32 of a bfloat16's bits (uint16)."""
+    return of_bits(types.int32(bits) << types.int32(16))
+
+
+@njit(inline="always")
+def narrow(value: Any) -> Any:
+    """The bits (uint16) of the bfloat16 nearest to a float32, the even one of two; a NaN stays one."""
+    bits = bits_of(value)
+    rounded = (bits + types.int32(0x7FFF) + ((bits >> types.int32(16)) & types.int32(1))) >> types.int32(16)
+    return types.uint16(rounded if value == value else types.int32(0x7FC0))
+
+
+@njit(inline="always")
+def rounded(value: Any, is_half: Any) -> Any:
+    """A float32 as it is after having been stored in bfloat16 (``is_half``) or float32."""
+    return widen(narrow(value)) if is_half else value
+
+
+@njit(inline="always")
+def read(address: Any, index: Any, is_half: Any) -> Any:
+    """Element ``index`` of an array of bfloat16 (``is_half``) or float32, as float32."""
+    return widen(as_uint16(address)[index]) if is_half else as_float32(address)[index]
+
+
+@njit(inline="always")
+def write(address: Any, index: Any, is_half: Any, value: Any) -> None:
+    """Store a float32 as element ``index`` of an array of bfloat16 (``is_half``) or float32."""
+    if is_half:
+        as_uint16(address)[index] = narrow(value)
+    else:
+        as_float32(address)[index] = value
+
+
+@njit(inline="always")
+def exp2(x: Any) -> Any:
+    """2^x of a float32, to two units in the last place; 0 below -126."""
+    clamped = min(max(x, types.float32(-127.0)), types.float32(127.0))
+    whole = types.int32(clamped + types.float32(127.5)) - types.int32(127)  # nearest: the sum is never negative
+    part = clamped - types.float32(whole)
+    y = types.float32(1.5403530e-4)  # Taylor's series of 2^part, |part| <= 1/2
+    y = y * part + types.float32(1.3333558e-3)
+    y = y * part + types.float32(9.6181291e-3)
+    y = y * part + types.float32(5.5504109e-2)
+    y = y * part + types.float32(2.4022651e-1)
+    y = y * part + types.float32(6.9314718e-1)
+    y = y * part + types.float32(1.0)
+    return y * of_bits((whole + types.int32(127)) << types.int32(23))
+
+
+def _at(builder: Any, address: Any, pointee: Any) -> Any:
+    return builder.inttoptr(address, ir.PointerType(pointee))
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    """A vector of copies of an int32."""
+    undefined = ir.Constant(_INTS, ir.Undefined)
+    lane = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(lane, undefined, ir.Constant(_INTS, [0] * LANES))
+
+
+def _function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    function = _function(builder, "llvm.prefetch.p0", ir.VoidType(), _I8.as_pointer(), _I32, _I32, _I32)
+    hints = [ir.Constant(_I32, value) for value in (0, 2, 1)]  # to read, into the second cache, data
+    builder.call(function, [_at(builder, address, _I8), *hints])
+
+
+def _fused_multiply_add(builder: Any, total: Any, left: Any, right: Any) -> Any:
+    name = f"llvm.fma.v{LANES}f32"
+    factors = builder.bitcast(left, _FLOATS), builder.bitcast(right, _FLOATS)
+    return builder.call(_function(builder, name, _FLOATS, _FLOATS, _FLOATS, _FLOATS), [*factors, total])
+
+
+def _add_bfloat16_products(builder: Any, total: Any, left: Any, right: Any) -> Any:
+    """Per 4-byte lane, add the products of two pairs of bfloat16 to a float32."""
+    if HAS_BF16_PRODUCTS:
+        function = _function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, _FLOATS, _BFLOATS, _BFLOATS)
+        return builder.call(function, [total, builder.bitcast(left, _BFLOATS), builder.bitcast(right, _BFLOATS)])
+    shift, mask = ir.Constant(_INTS, [16] * LANES), ir.Constant(_INTS, [-65536] * LANES)
+    total = _fused_multiply_add(builder, total, builder.shl(left, shift), builder.shl(right, shift))
+    return _fused_multiply_add(builder, total, builder.and_(left, mask), builder.and_(right, mask))
+
+
+def _add_int8_products(builder: Any, total: Any, left: Any, right: Any) -> Any:
+    """Per 4-byte lane, add the products of four uint8 (left) with four int8 (right) to an int32."""
+    function = _function(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, _INTS, _INTS, _INTS)
+    return builder.call(function, [total, left, right])
+
+
+def _tile_family(
+    multiply: Callable[..., Any],
+    accumulator: Any,
+    prefetched: int = 0,
+    prefetched_apart: bool = False,
+    adds: bool = False,
+    min_rows: int = 1,
+) -> Any:
+    """An intrinsic that computes a tile of a matrix product in registers.
+
+    ``tile(rows, a, a_row, b, b_row, b_column, depth, c, c_row, ahead, apart)`` computes, for ``min_rows`` to ``MAX_ROWS`` rows
+    and ``COLUMNS`` columns, C = A B, or C += A B if the family ``adds``. All sizes are in bytes, addresses int64:
+
+    - A: ``rows`` rows, ``a_row`` apart, of ``depth`` elements of 4 bytes (a float32, two bfloat16, four uint8).
+    - B: ``depth`` rows, ``b_row`` apart, of two vectors ``b_column`` apart: an element for each column.
+    - C: rows ``c_row`` apart, of ``COLUMNS`` float32 (int32 of int8 products).
+    - ``ahead``: memory of which ``prefetched`` lines of 64 bytes a row of B are asked for, for later; if
+      ``prefetched_apart``, each of them ``apart`` bytes from the one before, and those of the next row behind them.
+    """
+
+    def body(builder: Any, rows: int, arguments: list[Any], done: Any) -> None:
+        a, a_row, b, b_row, b_column, depth, c, c_row, ahead, apart = arguments
+        line_bytes = ir.Constant(_I64, 64)
+        between = apart if prefetched_apart else line_bytes
+        ahead_row = line_bytes if prefetched_apart else ir.Constant(_I64, 64 * prefetched)
+        unroll = 4 if rows == 1 else 2 if rows == 2 else 1  # more loads under way
+        entry = builder.block
+        targets, row = [], c
+        for r in range(rows):
+            row = builder.add(row, c_row) if r else row
+            targets += [row, builder.add(row, ir.Constant(_I64, VECTOR_BYTES))]
+        first = [
+            builder.load(_at(builder, target, accumulator), align=4) if adds else ir.Constant(accumulator, None)
+            for target in targets
+        ]
+        lines = [a]
+        for _ in range(1, rows):
+            lines.append(builder.add(lines[-1], a_row))
+
+        def step(totals: list[Any], index: Any, b_now: Any, ahead_now: Any) -> list[Any]:
+            right = [
+                builder.load(_at(builder, place, _INTS), align=4) for place in (b_now, builder.add(b_now, b_column))
+            ]
+            for line in range(prefetched):
+                _prefetch(builder, builder.add(ahead_now, builder.mul(between, ir.Constant(_I64, line))))
+            offset = builder.mul(index, ir.Constant(_I64, 4))
+            result = []
+            for r in range(rows):
+                scalar = builder.load(_at(builder, builder.add(lines[r], offset), _I32), align=2)
+                left = _splat(builder, scalar)
+                result += [multiply(builder, totals[2 * r + j], left, right[j]) for j in range(2)]
+            return result
+
+        def loop(totals: list[Any], start: Any, stop: Any, b_now: Any, ahead_now: Any, steps: int) -> list[Any]:
+            """``steps`` rows of B at a time from ``start`` while they fit before ``stop``."""
+            before = builder.block
+            head, inside, after = (builder.append_basic_block("tile") for _ in range(3))
+            builder.branch(head)
+            builder.position_at_end(head)
+            states = []
+            for initial in (start, b_now, ahead_now, *totals):
+                phi = builder.phi(initial.type)
+                phi.add_incoming(initial, before)
+                states.append(phi)
+            index, b_phi, ahead_phi = states[:3]
+            following = builder.add(index, ir.Constant(_I64, steps))
+            builder.cbranch(builder.icmp_signed("<=", following, stop), inside, after)
+            builder.position_at_end(inside)
+            sums, b_next, ahead_next = list(states[3:]), b_phi, ahead_phi
+            for number in range(steps):
+                sums = step(sums, builder.add(index, ir.Constant(_I64, number)), b_next, ahead_next)
+                b_next = builder.add(b_next, b_row)
+                ahead_next = builder.add(ahead_next, ahead_row)
+            for phi, value in zip(states, (following, b_next, ahead_next, *sums), strict=True):
+                phi.add_incoming(value, builder.block)
+            builder.branch(head)
+            builder.position_at_end(after)
+            return states
+
+        start = ir.Constant(_I64, 0)
+        assert builder.block is entry
+        if unroll > 1:
+            states = loop(first, start, depth, b, ahead, unroll)
+            start, b, ahead, first = states[0], states[1], states[2], states[3:]
+        totals = loop(first, start, depth, b, ahead, 1)[3:]
+        for total, target in zip(totals, targets, strict=True):
+            builder.store(total, _at(builder, target, accumulator), align=4)
+        builder.branch(done)
+
+    @intrinsic
+    def tile(typing_context, rows, a, a_row, b, b_row, b_column, depth, c, c_row, ahead, apart):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            number, *rest = arguments
+            done = builder.append_basic_block("tiles_done")
+            choice = builder.switch(number, done)
+            for rows in range(min_rows, MAX_ROWS + 1):
+                block = builder.append_basic_block(f"tile_of_{rows}")
+                choice.add_case(ir.Constant(_I64, rows), block)
+                builder.position_at_end(block)
+                body(builder, rows, rest, done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 11), generate
+
+    return tile
+
+
+# Least rows of a tile when more than MAX_ROWS, or more than twice as many, are cut into tiles of about equal size.
+_LEAST_OF_TWO = (MAX_ROWS + 1) // 2
+_LEAST_OF_THREE = (2 * MAX_ROWS + 1) // 3
+
+# For attention. The factors come from the cache: while one is gone through, the next is asked for.
+float32_scores = _tile_family(_fused_multiply_add, _FLOATS, prefetched=2, prefetched_apart=True)
+add_float32_values = _tile_family(_fused_multiply_add, _FLOATS, prefetched=2, adds=True)
+bfloat16_scores = _tile_family(_add_bfloat16_products, _FLOATS, prefetched=2, prefetched_apart=True)
+add_bfloat16_values = _tile_family(_add_bfloat16_products, _FLOATS, prefetched=2, adds=True)
+# For weights, which come from memory and not from a cache. While a panel is gone through once, twice or more often, the
+# next one is asked for: two lines for each row of the only tile, one each in the first two of several.
+bfloat16_tile_of_one = _tile_family(_add_bfloat16_products, _FLOATS, prefetched=2)
+bfloat16_tile_of_two = _tile_family(_add_bfloat16_products, _FLOATS, prefetched=1, min_rows=_LEAST_OF_TWO)
+bfloat16_tile_of_more = _tile_family(_add_bfloat16_products, _FLOATS, min_rows=_LEAST_OF_THREE)
+int8_tile_of_one = _tile_family(_add_int8_products, _INTS, prefetched=2)
+int8_tile_of_two = _tile_family(_add_int8_products, _INTS, prefetched=1, min_rows=_LEAST_OF_TWO)
+int8_tile_of_more = _tile_family(_add_int8_products, _INTS, min_rows=_LEAST_OF_THREE)
