@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.engine_process import EngineError, EngineProcess, EngineSpec
 from benchmarks.nanovllm_engine import INTEGER_OPTIONS, OTHER_OPTIONS
 from benchmarks.plot import draw, require_matplotlib
-from benchmarks.report import Result, engine_table, failures, result_of, summarise, workload_table
+from benchmarks.report import Result, engine_table, failures, page, result_of, summarise, workload_table
 from benchmarks.workloads import Requests, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +195,6 @@ class Comparison:
             else {
                 "setup": engine.setup,
                 "startup_seconds": engine.startup_seconds,
-                "load_seconds": engine.load_seconds,
                 "peak_memory_bytes": engine.peak_memory_bytes,
             }
             for engine in self.engines
@@ -290,9 +289,8 @@ def compare_engines(
 
 def write(report: Result, out: Path) -> None:
     """Write ``out``.md, .json and .png."""
-    tables = [workload_table(entry, report["ours"]) for entry in report["workloads"]]
     pages = {
-        ".md": "\n\n".join([*tables, engine_table(report["engines"])]) + "\n",
+        ".md": page(report),
         ".json": json.dumps(report, indent=2, default=str) + "\n",
     }
     for ending, text in pages.items():

@@ -56,9 +56,8 @@ class EngineProcess:
         self.spec, self.log, self.timeout = spec, log, timeout
         self.process: subprocess.Popen[bytes] | None = None
         self.setup = ""
-        self.startup_seconds = self.load_seconds = 0.0
+        self.startup_seconds = 0.0
         self.peak_memory_bytes = 0
-        self.stopped = False
         self._received = b""
 
     @property
@@ -75,6 +74,7 @@ class EngineProcess:
         own_group: dict[str, Any] = {"process_group": 0}
         if sys.version_info < (3, 11):
             own_group = {"preexec_fn": os.setpgrp}
+        self.kill()  # what a death may have left
         start = time.perf_counter()
         with self.log.open("ab") as log:
             try:
@@ -97,7 +97,7 @@ class EngineProcess:
             raise
         if not self.setup:  # the first start's figures stand: a second one finds its files in memory
             self.startup_seconds = time.perf_counter() - start
-            self.setup, self.load_seconds = ready["setup"], ready["load_seconds"]
+            self.setup = ready["setup"]
 
     def run(self, requests: Requests) -> float:
         """Seconds that the engine takes for the requests.
@@ -117,12 +117,10 @@ class EngineProcess:
     def pause(self) -> None:
         """Take the processor from all of its threads."""
         self._signal(signal.SIGSTOP)
-        self.stopped = True
 
     def resume(self) -> None:
         """Let it go on where it was paused."""
         self._signal(signal.SIGCONT)
-        self.stopped = False
 
     def quit(self) -> None:
         """Let it end by itself, which frees what the system does not (shared memory, temporary files), then kill it."""

@@ -55,7 +55,8 @@ def draw(report: dict[str, Any], file: Path) -> None:
 
 def _draw_workload(panel: Any, entry: dict[str, Any], ours: list[str]) -> None:
     results = entry["results"]
-    longest = max((result.get("output_tokens_per_second", 0.0) for result in results.values()), default=0.0) or 1.0
+    fastest = [min(result["seconds"]) for result in results.values() if "error" not in result]
+    longest = entry["output_tokens"] / min(fastest, default=entry["output_tokens"])
     for row, (name, result) in enumerate(results.items()):
         if "error" in result:
             panel.text(longest * 0.01, row, "failed", va="center", color=FAINT, fontsize=9, style="italic")

@@ -46,7 +46,7 @@ def workload_table(entry: Result, ours: Sequence[str]) -> str:
     """An entry of ``summarise`` in Markdown: seconds, output tok/s, and how many times the engine's speed ours is."""
     rounds = max((len(result["seconds"]) for result in entry["results"].values()), default=0)
     tokens = f"{entry['prompt_tokens']:,} prompt + {entry['output_tokens']:,} output tokens"
-    spread_head = ["slowest - fastest"] if rounds > 1 else []
+    spread_head = ["fastest - slowest"] if rounds > 1 else []
     head = ["", "seconds", *spread_head, "output tok/s", *(f"{own} / it" for own in ours)]
     rows = []
     for name, result in entry["results"].items():
@@ -54,7 +54,7 @@ def workload_table(entry: Result, ours: Sequence[str]) -> str:
             rows.append([name, f"failed: {result['error']}".replace("|", "\\|"), *[""] * (len(head) - 2)])
             continue
         seconds, rate = result["seconds"], f"{result['output_tokens_per_second']:.1f}"
-        spread = [f"{max(seconds):.2f} - {min(seconds):.2f}"] if rounds > 1 else []
+        spread = [f"{min(seconds):.2f} - {max(seconds):.2f}"] if rounds > 1 else []
         ratios = [entry["ratios"].get(f"{own}/{name}") for own in ours]
         cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         rows.append([name, f"{result['median_seconds']:.2f}", *spread, rate, *cells])
@@ -72,6 +72,19 @@ def engine_table(engines: dict[str, Result]) -> str:
         startup, memory = f"{engine['startup_seconds']:.1f}", gib(engine["peak_memory_bytes"])
         rows.append([name, engine["setup"].replace("|", "\\|"), startup, memory])
     return _table(["", "what it is", "start-up, seconds", "peak memory"], rows)
+
+
+def page(report: Result) -> str:
+    """A comparison in Markdown."""
+    machine, software = report["hardware"], report["versions"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {gib(machine['ram_bytes'])} RAM"
+    head = (
+        f"{report['model']}; {where}; commit {software['commit']}; {report['date'][:10]}.\n\n"
+        "In every round each engine runs a workload once, while the others hold still. Ratios say how many times an "
+        "engine's output tokens a second nanovllm makes."
+    )
+    tables = [workload_table(entry, report["ours"]) for entry in report["workloads"]]
+    return "\n\n".join([head, *tables, engine_table(report["engines"])]) + "\n"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,6 @@
 """The engine's end of the line to bench.py --compare: one JSON object a line, an answer for every request.
 
-    {"load": SETTINGS}                                  {"ready": {"setup": "...", "load_seconds": 1.5}}
+    {"load": SETTINGS}                                  {"ready": {"setup": "..."}}
     {"run": {"prompts": [[5, 7]], "output_lens": [9]}}  {"ran": {"seconds": 0.8, "output_lens": [9]}}
     {"quit": true}                                      (the process ends)
 
@@ -14,7 +14,6 @@ import os
 import queue
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -48,9 +47,8 @@ def serve(load: Callable[[dict[str, Any]], Peer]) -> None:
     while "quit" not in (request := requests.get()):
         try:
             if "load" in request:
-                start = time.perf_counter()
                 peer = load(request["load"])
-                answer = {"ready": {"setup": peer.setup, "load_seconds": time.perf_counter() - start}}
+                answer = {"ready": {"setup": peer.setup}}
             elif peer is None:
                 raise RuntimeError("no model has been loaded")
             else:
