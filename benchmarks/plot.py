@@ -44,10 +44,10 @@ def draw(report: dict[str, Any], file: Path) -> None:
     size = (max(7.0, 4.4 * columns), rows * panel_height + 1.0)
     figure = Figure(figsize=size, facecolor="white", layout="constrained")
     figure.suptitle(f"Output tokens a second, {report['model']}: longer is faster", color=INK, fontsize=12)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, entry in zip(panels, workloads, strict=False):
         _draw_workload(panel, entry, report["ours"])
-    for panel in list(panels)[len(workloads) :]:
+    for panel in panels[len(workloads) :]:
         panel.set_axis_off()
     figure.supxlabel(_footnote(report), color=INK, fontsize=8)
     figure.savefig(file, dpi=120)
@@ -78,8 +78,9 @@ def _draw_workload(panel: Any, entry: dict[str, Any], ours: list[str]) -> None:
     panel.set_facecolor("white")
     for side in ("top", "right", "left"):
         panel.spines[side].set_visible(False)
+    requests = "1 request" if entry["num_requests"] == 1 else f"{entry['num_requests']} requests"
     tokens = f"{entry['prompt_tokens']:,} prompt + {entry['output_tokens']:,} output tokens"
-    panel.set_title(f"{entry['workload']}\n{tokens}", color=INK, fontsize=9, loc="left")
+    panel.set_title(f"{entry['workload']}\n{requests}, {tokens}", color=INK, fontsize=9, loc="left")
 
 
 def _footnote(report: dict[str, Any]) -> str:

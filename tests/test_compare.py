@@ -456,6 +456,8 @@ def test_a_plot_is_a_small_picture_on_white(tmp_path: Path, engines: int, worklo
     assert height > 150
     for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
         assert (pixels[row, column] == 1).all()
+    if workloads == 5:  # three columns, two rows, and nothing where a sixth would be
+        assert (pixels[height // 2 : -height // 10, -width // 4 :] == 1).all()
     ours = np.array([0xC2, 0x41, 0x0C]) / 255
     if engines > 1:  # or the only engine has failed
         assert (abs(pixels[..., :3] - ours).max(-1) < 0.01).mean() > 0.01
@@ -469,7 +471,15 @@ def test_a_plot_names_workloads_engines_and_figures(tmp_path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         plot.draw(found(), file)
     text = file.read_text()
-    for part in ("1:2-2:600-600", "2 prompt + 600 output tokens", "engine-1", "273", "182", "failed", "An Abacus"):
+    for part in (
+        "1:2-2:600-600",
+        "1 request, 2 prompt + 600 output tokens",
+        "engine-1",
+        "273",
+        "182",
+        "failed",
+        "An Abacus",
+    ):
         assert part in text
 
 
