@@ -298,7 +298,7 @@ def test_continuous_batching_says_which_request_failed(bench: ModuleType, tiny: 
 def test_a_transformers_without_continuous_batching_gets_one_line(
     bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.transformers, "generation", SimpleNamespace())
+    monkeypatch.setattr(transformers, "generation", SimpleNamespace())
     line = error_line(bench, capsys, *tiny, "--workload", "1:4-4:4-4", "--engine", "hf-cb")
     assert f"transformers {transformers.__version__} has no continuous batching" in line
 
@@ -331,10 +331,10 @@ def test_gpu_memory_of_an_engine_does_not_count_what_others_hold(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peaks = iter([1000, 700])
-    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench.torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(bench.torch.cuda, "memory_allocated", lambda: 600)
-    monkeypatch.setattr(bench.torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 600)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
     engine = SimpleNamespace(run=lambda requests: (1.0, {}))
     requests = bench.Requests([[7]], [2])
     results = bench.measure({"first": engine, "second": engine}, {"first": 400, "second": 200}, requests, 1)
