@@ -13,9 +13,11 @@ import torch
 from nanovllm import kernels
 from nanovllm.attention import AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata
+from nanovllm.attention.cpu import CpuAttention
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput, SamplePlaces
+from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput, SamplePlaces, StepInput
 from nanovllm.engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs, batch_sizes
+from nanovllm.engine.recorded_steps import RecordedSteps
 from nanovllm.engine.step_handle import DeviceLogprobs, DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.parallel import ParallelGroup
@@ -63,6 +65,7 @@ class ModelRunner:
         self._stream = _take_stream(self.device) if self.device.type == "cuda" else None
         self.graphs: DecodeGraphs | None = None
         self.graph_bytes = 0
+        self.recorded: RecordedSteps | None = None
         # Whether rows that ask for more than a temperature are drawn by themselves. The CPU draws row by row anyway.
         self.draws_apart = self.device.type == "cuda"
         # One at a time: profiling, and what others capture, disturb each other.
@@ -74,6 +77,8 @@ class ModelRunner:
                 self.warm_up()
             if self._wants_graphs():
                 self.capture_graphs(CudaCapture())
+            if isinstance(self.attention, CpuAttention) and not config.enforce_eager and kernels.is_enabled("graphs"):
+                self.recorded = RecordedSteps(self.model, self.attention, self.num_slots)
         # Steps in flight before the results of the first are taken in. The CPU would gain nothing: it is the device.
         self.overlap_depth = 1 if self.device.type == "cuda" and kernels.is_enabled("overlap") else 0
 
@@ -204,7 +209,7 @@ class ModelRunner:
         if self.graphs is not None and plan.is_decode and len(plan.slots) <= self.graphs.max_rows:
             return self._replay(self.graphs, plan)
         step = state.step_input(plan)
-        hidden = self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
+        hidden = self._forward(step)
         prompt_logprobs = {row.row: self._prompt_logprobs(hidden, row) for row in step.prompt_logprobs}
         places = step.places
         if places is None:
@@ -215,6 +220,14 @@ class ModelRunner:
         tokens = self.sampler(logits, state.plain_rows(places.slot_index, places.positions))
         state.write(places, tokens)
         return self._sample_special(tokens, logits, places.slots, places.longest, prompt_logprobs)
+
+    def _forward(self, step: StepInput) -> torch.Tensor:
+        """Hidden states of a step's tokens."""
+        if self.recorded is not None and len(step.token_ids) == len(step.attention.query_lengths):
+            hidden = self.recorded.forward(step.token_ids, step.positions, step.attention)
+            if hidden is not None:
+                return hidden
+        return self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
 
     def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> StepHandle:
         """A decode step in one piece."""

@@ -37,6 +37,20 @@ def pair_of(dtype: torch.dtype) -> int:
     return 4 // dtype.itemsize
 
 
+def store(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+) -> None:
+    """Write keys and values [tokens, kv_heads, head_dim] to their slots, by torch's operators."""
+    block_size, pair, head_dim = keys.shape[3], keys.shape[4], new_keys.shape[2]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    keys[block, :, :, offset] = new_keys.unflatten(2, (-1, pair))
+    values[block, :, offset // pair, :head_dim, offset % pair] = new_values
+
+
 def plain_keys(keys: torch.Tensor) -> torch.Tensor:
     """A copy of a layer's keys, [blocks, kv_heads, block_size, head_dim]. For tests and references."""
     return keys.permute(0, 1, 3, 2, 4).flatten(3)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import torch
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Where compiled kernels are kept; the user's cache directory by default.
 CACHE_VARIABLE = "NANOVLLM_CACHE"
-_HEADER = 3
+HEADER = 3
 _THREAD_COUNTER = 16  # bytes into the arguments
 _numba_settings = threading.Lock()
 
@@ -47,7 +47,7 @@ def integers(typing_context, arguments, count):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
         start = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-        places = [builder.gep(start, [ir.Constant(ir.IntType(64), _HEADER + i)]) for i in range(number)]
+        places = [builder.gep(start, [ir.Constant(ir.IntType(64), HEADER + i)]) for i in range(number)]
         return context.make_tuple(builder, signature.return_type, [builder.load(place) for place in places])
 
     return types.UniTuple(types.int64, number)(Address, count), generate
@@ -88,23 +88,48 @@ class Kernel:
         self.name = function.__name__
         self.address = _compile(function)
 
-    def __call__(self, tasks: int, *arguments: int, threads: int | None = None) -> None:
-        """Run.
+    def __call__(self, tasks: int, *arguments: int) -> None:
+        """Run, or note in a recording.
 
         Args:
             tasks: Their number.
             arguments: Sizes, addresses, and floats as :func:`as_integer` gives them.
-            threads: At most so many; None: as many as torch uses.
         """
-        if tasks <= 0:
-            return
-        values = array("q", (0, tasks, 0, *arguments))
-        count = min(threads or torch.get_num_threads(), tasks)
-        address = values.buffer_info()[0]
-        if count == 1:
-            _call(self.address, address)
-        else:
-            _fork()(self.address, address, count)
+        recorder = recorder_of_thread.current
+        if recorder is not None:
+            recorder.add(self, tasks, arguments)
+        elif tasks > 0:
+            values = array("q", (0, tasks, 0, *arguments))
+            run(self.address, values.buffer_info()[0], tasks)
+
+    def call_on_every_thread(self, *arguments: int) -> None:
+        """Have each of torch's threads call it."""
+        values = array("q", (0, 0, 0, *arguments))
+        run(self.address, values.buffer_info()[0], torch.get_num_threads())
+
+
+def run(kernel: int, arguments: int, tasks: int) -> None:
+    """Call the kernel at an address on as many of torch's threads as there are tasks, or on all."""
+    threads = min(torch.get_num_threads(), tasks)
+    if threads > 1:
+        _team().fork(kernel, arguments, threads)
+    elif threads == 1:
+        _call(kernel, arguments)
+
+
+class _Recorders(threading.local):
+    """By thread, what notes launches instead of running them; None if they are to run."""
+
+    current: Any = None
+
+
+recorder_of_thread = _Recorders()
+
+
+def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor for what a kernel writes."""
+    recorder = recorder_of_thread.current
+    return torch.empty(shape, dtype=dtype) if recorder is None else recorder.new(shape, dtype)
 
 
 def as_integer(value: float) -> int:
@@ -171,7 +196,6 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-_RunOnThreads = Callable[[int, int, int], None]  # (kernel, arguments, threads)
 _KERNEL_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
@@ -179,26 +203,42 @@ def _call(kernel: int, arguments: int) -> None:
     _KERNEL_TYPE(kernel)(arguments)
 
 
-@cache
-def _fork() -> _RunOnThreads:
+class _Team(NamedTuple):
     """How to call a kernel on several threads.
 
-    On torch's own, if they can be had: a second set of threads would fight the first for the cores, since threads of
-    OpenMP spin for a while after their work is done. Its entry point GOMP_parallel is GNU's, and part of LLVM's and
-    Intel's library too. Where torch has none of them, a pool of Python's threads has to do.
+    Args:
+        fork: Called with the addresses of a kernel and its arguments and a number of threads.
+        size_address: Of a C function that tells a thread how many there are; 0 if they may come late, one by one.
+    """
+
+    fork: Callable[[int, int, int], None]
+    size_address: int
+
+
+@cache
+def _team() -> _Team:
+    """torch's own threads, if they can be had; else Python's.
+
+    A second set of threads would fight the first for the cores, since threads of OpenMP spin for a while after their
+    work is done. Its entry point GOMP_parallel is GNU's, and part of LLVM's and Intel's library too.
     """
     try:
         library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"))))
-        parallel = library.GOMP_parallel  # found in what the library was linked with
+        parallel, size = library.GOMP_parallel, library.omp_get_num_threads  # found in what it was linked with
     except (StopIteration, OSError, AttributeError):
-        return _fork_python_threads
+        return _Team(_fork_python_threads, 0)
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
 
     def fork(kernel: int, arguments: int, threads: int) -> None:
         parallel(kernel, arguments, threads, 0)
 
-    return fork
+    return _Team(fork, ctypes.cast(size, ctypes.c_void_p).value or 0)
+
+
+def team_size_address() -> int:
+    """Address of a C function that tells a thread the size of its team; 0 if there is none."""
+    return _team().size_address
 
 
 @cache

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels.cpu.launch import Kernel, integers, next_task, num_tasks
+from nanovllm.kernels.cpu.launch import Kernel, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.vectors import (
     COLUMNS,
     MAX_ROWS,
     VECTOR_BYTES,
     as_float32,
+    as_int32,
+    as_int64,
     as_uint16,
     bfloat16_tile_of_more,
     bfloat16_tile_of_one,
@@ -18,6 +20,7 @@ from nanovllm.kernels.cpu.vectors import (
     scratch,
     widen,
 )
+from nanovllm.utils import huge_pages
 
 PANEL_ROW_BYTES = 2 * VECTOR_BYTES  # of packed weights: a pair of inputs for each column of a tile
 TILE_FLOATS = MAX_ROWS * COLUMNS
@@ -28,7 +31,8 @@ BLOCK_BYTES = 512 * 1024
 def _linear(arguments: Any) -> None:
     x, weight, bias, out, rows, inputs, outputs, block_rows, panels, wants_float = integers(arguments, 10)
     depth, x_bytes = inputs // 2, 2 * inputs
-    panel_bytes = depth * PANEL_ROW_BYTES
+    b_row = c_row = PANEL_ROW_BYTES
+    panel_bytes = depth * b_row
     memory = scratch(TILE_FLOATS)
     totals, bfloats, floats, biases = as_float32(memory), as_uint16(out), as_float32(out), as_uint16(bias)
     task = next_task(arguments)
@@ -60,13 +64,9 @@ def _linear(arguments: Any) -> None:
                 )
             elif tile < 2:
                 half = ahead + tile * (panel_bytes // 2)
-                bfloat16_tile_of_two(
-                    count, source, x_bytes, here, PANEL_ROW_BYTES, VECTOR_BYTES, depth, memory, PANEL_ROW_BYTES, half, 0
-                )
+                bfloat16_tile_of_two(count, source, x_bytes, here, b_row, VECTOR_BYTES, depth, memory, c_row, half, 0)
             else:
-                bfloat16_tile_of_more(
-                    count, source, x_bytes, here, PANEL_ROW_BYTES, VECTOR_BYTES, depth, memory, PANEL_ROW_BYTES, here, 0
-                )
+                bfloat16_tile_of_more(count, source, x_bytes, here, b_row, VECTOR_BYTES, depth, memory, c_row, here, 0)
             for r in range(count):
                 if bias != 0:
                     for j in range(columns):
@@ -98,7 +98,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     outputs, inputs = weight.shape
     panels = -(-outputs // COLUMNS)
     pairs = weight.contiguous().view(torch.int32)  # [outputs, inputs / 2]
-    packed = torch.empty((panels, inputs // 2, COLUMNS), dtype=torch.int32)
+    packed = huge_pages.empty((panels, inputs // 2, COLUMNS), torch.int32)
     whole = outputs // COLUMNS
     packed[:whole] = pairs[: whole * COLUMNS].view(whole, COLUMNS, inputs // 2).transpose(1, 2)
     if whole < panels:
@@ -107,10 +107,27 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return packed.view(torch.bfloat16).view(panels, inputs // 2, COLUMNS, 2)
 
 
+def _unpack_rows(arguments: Any) -> None:
+    weight, ids, out, pairs = integers(arguments, 4)
+    task = next_task(arguments)
+    while task < num_tasks(arguments):
+        row = as_int64(ids)[task]
+        source = as_int32(weight + row // COLUMNS * pairs * PANEL_ROW_BYTES + row % COLUMNS * 4)
+        target = as_int32(out + task * pairs * 4)
+        for i in range(pairs):
+            target[i] = source[i * COLUMNS]
+        task = next_task(arguments)
+
+
+_unpack_kernel = Kernel(_unpack_rows)
+
+
 def unpack_rows(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Rows of the weight that was packed: rows int64 [n] -> bfloat16 [n, inputs]."""
-    pairs = packed.view(torch.int32).view(packed.shape[:3])
-    return pairs[rows // COLUMNS, :, rows % COLUMNS].view(torch.bfloat16)
+    rows = rows.contiguous()
+    out = new((len(rows), 2 * packed.shape[1]), packed.dtype)
+    _unpack_kernel(len(rows), packed.data_ptr(), rows.data_ptr(), out.data_ptr(), packed.shape[1])
+    return out
 
 
 def linear(
@@ -134,7 +151,7 @@ def linear(
     """
     x = x.contiguous()
     rows, inputs = x.shape
-    out = torch.empty((rows, outputs), dtype=dtype)
+    out = new((rows, outputs), dtype)
     panels = packed.shape[0]
     block_rows = max(MAX_ROWS, min(rows, BLOCK_BYTES // (2 * inputs) // MAX_ROWS * MAX_ROWS))
     _kernel(

@@ -17,7 +17,7 @@ import torch
 from numba import njit, types
 
 from nanovllm.kernels.cpu.kv_cache import value_columns
-from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, next_task, num_tasks, thread_number
+from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, new, next_task, num_tasks, thread_number
 from nanovllm.kernels.cpu.vectors import (
     COLUMNS,
     LANES,
@@ -44,7 +44,7 @@ _NO_SCORE = -3.0e38
 
 @dataclass(slots=True)
 class Items:
-    """The work of a step, as arrays that stay alive while it runs.
+    """The work of a step, as arrays that must live while it runs.
 
     Args:
         fields: int64 [items, 6]: first line of ``tokens``, number of queries, line of the block tables, first key,
@@ -62,6 +62,43 @@ class Items:
     parts: np.ndarray
     part_bounds: np.ndarray
     split_tokens: np.ndarray
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All of them, in order."""
+        return self.fields, self.tokens, self.limits, self.parts, self.part_bounds, self.split_tokens
+
+    @classmethod
+    def room_for(cls, lines: int) -> "Items":
+        """Arrays that hold any work of at most so many lines."""
+        fields = np.zeros((lines, _ITEM_FIELDS), dtype=np.int64)
+        return cls(fields, *(np.zeros(lines + 1, dtype=np.int32) for _ in range(5)))
+
+    def take(self, other: "Items") -> bool:
+        """Copy another's numbers to the beginnings of these arrays; False if they have no room for them."""
+        if len(other.tokens) > len(self.fields):
+            return False
+        for mine, theirs in zip(self.arrays(), other.arrays(), strict=True):
+            mine[: len(theirs)] = theirs
+        return True
+
+
+class Workspace:
+    """Memory that the layers of a step share.
+
+    Args:
+        threads: Of torch.
+        lines: Lines whose results may be partial.
+        heads: Query heads.
+        head_dim: Elements of a head.
+    """
+
+    def __init__(self, threads: int, lines: int, heads: int, head_dim: int) -> None:
+        columns = value_columns(head_dim)
+        # By thread: tiles of queries, scores, weights and results, a vector of values, two numbers a row.
+        floats = TILE_ROWS * (head_dim + 2 * CHUNK + columns + 2) + columns * LANES
+        self.tiles = torch.empty(threads, -(-floats // LANES) * LANES, dtype=torch.float32)
+        self.partial_sums = torch.empty(lines, heads, 2, dtype=torch.float32)
+        self.partial_outs = torch.empty(lines, heads, head_dim, dtype=torch.float32)
 
 
 class _Cache(NamedTuple):
@@ -209,7 +246,7 @@ def _copy_tail(source: Any, target: Any, length: Any, columns: Any, pair: Any) -
 
 
 @cache
-def _attention_kernel(is_half: bool) -> Kernel:
+def attention_kernel(is_half: bool) -> Kernel:
     """The kernel for bfloat16 (``is_half``) or float32: compiled apart, for half of the time."""
 
     def paged_attention(arguments: Any) -> None:
@@ -315,10 +352,11 @@ def _combine(arguments: Any) -> None:
         sums_of_parts,
         outs_of_parts,
         workspace,
-    ) = integers(arguments, 10)
+        workspace_bytes,
+    ) = integers(arguments, 11)
     split_tokens, bounds, parts = as_int32(token_table), as_int32(bound_table), as_int32(part_table)
     partial_sums, partial_outs, is_half = as_float32(sums_of_parts), as_float32(outs_of_parts), half != 0
-    memory = workspace + thread_number(arguments) * head_dim * 4
+    memory = workspace + thread_number(arguments) * workspace_bytes
     total = as_float32(memory)
     task = next_task(arguments)
     while task < num_tasks(arguments):
@@ -340,7 +378,7 @@ def _combine(arguments: Any) -> None:
         task = next_task(arguments)
 
 
-_combine_kernel = Kernel(_combine)
+combine_kernel = Kernel(_combine)
 
 
 def paged_attention(
@@ -349,6 +387,7 @@ def paged_attention(
     values: torch.Tensor,
     block_tables: torch.Tensor,
     items: Items,
+    workspace: Workspace,
     scale: float,
 ) -> torch.Tensor:
     """Attend queries to cached keys and values.
@@ -359,6 +398,7 @@ def paged_attention(
         values: The same.
         block_tables: int32 [lines, blocks], contiguous.
         items: Which queries see which keys.
+        workspace: For as many lines, if there are parts.
         scale: Factor of the scores.
 
     Returns:
@@ -366,16 +406,9 @@ def paged_attention(
     """
     _, heads, head_dim = q.shape
     kv_heads, block_size = keys.shape[1], keys.shape[3]
-    columns, is_half = value_columns(head_dim), q.dtype == torch.bfloat16
-    out = torch.empty_like(q)
-    threads = torch.get_num_threads()
-    lines = len(items.tokens) if len(items.parts) else 0
-    partial_sums = torch.empty(lines, heads, 2, dtype=torch.float32)
-    partial_outs = torch.empty(lines, heads, head_dim, dtype=torch.float32)
-    # By thread: tiles of queries, scores, weights and results, a vector of values, two numbers a row.
-    floats = TILE_ROWS * (head_dim + 2 * CHUNK + columns + 2) + columns * LANES
-    workspace = torch.empty(threads, -(-floats // LANES) * LANES, dtype=torch.float32)
-    _attention_kernel(is_half)(
+    is_half = q.dtype == torch.bfloat16
+    out = new(tuple(q.shape), q.dtype)
+    attention_kernel(is_half)(
         len(items.fields) * kv_heads,
         q.data_ptr(),
         keys.data_ptr(),
@@ -390,27 +423,25 @@ def paged_attention(
         kv_heads,
         head_dim,
         block_size,
-        columns,
-        partial_sums.data_ptr(),
-        partial_outs.data_ptr(),
-        workspace.data_ptr(),
-        workspace.stride(0) * 4,
+        value_columns(head_dim),
+        workspace.partial_sums.data_ptr(),
+        workspace.partial_outs.data_ptr(),
+        workspace.tiles.data_ptr(),
+        workspace.tiles.stride(0) * 4,
         as_integer(scale * _LOG2_E),
-        threads=threads,
     )
-    if lines:
-        _combine_kernel(
-            len(items.split_tokens) * heads,
-            out.data_ptr(),
-            items.split_tokens.ctypes.data,
-            items.part_bounds.ctypes.data,
-            items.parts.ctypes.data,
-            heads,
-            head_dim,
-            is_half,
-            partial_sums.data_ptr(),
-            partial_outs.data_ptr(),
-            workspace.data_ptr(),
-            threads=threads,
-        )
+    combine_kernel(
+        len(items.split_tokens) * heads,
+        out.data_ptr(),
+        items.split_tokens.ctypes.data,
+        items.part_bounds.ctypes.data,
+        items.parts.ctypes.data,
+        heads,
+        head_dim,
+        is_half,
+        workspace.partial_sums.data_ptr(),
+        workspace.partial_outs.data_ptr(),
+        workspace.tiles.data_ptr(),
+        workspace.tiles.stride(0) * 4,
+    )
     return out

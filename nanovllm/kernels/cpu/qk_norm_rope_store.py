@@ -7,7 +7,7 @@ import torch
 from numba import types
 
 from nanovllm.kernels.cpu.kv_cache import store_key, store_value, value_columns
-from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, next_task, num_tasks
+from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.vectors import as_float32, as_int32, as_int64, read, rounded, scratch, write
 
 MAX_HEAD_DIM = 256
@@ -117,7 +117,7 @@ def qk_norm_rope_store(
         The queries, [tokens, num_heads, head_dim].
     """
     tokens, head_dim = qkv.shape[0], q_weight.shape[0]
-    q = qkv.new_empty((tokens, num_heads, head_dim))
+    q = new((tokens, num_heads, head_dim), qkv.dtype)
     _kernel(
         tokens,
         qkv.data_ptr(),

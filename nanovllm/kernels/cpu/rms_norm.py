@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numba import types
 
-from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, next_task, num_tasks
+from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.vectors import read, rounded, write
 
 
@@ -66,8 +66,8 @@ def rms_norm(
         (normalised sum, sum), both [rows, size] of x's dtype; the sum is ``x`` itself if there is no residual.
     """
     rows, size = x.shape
-    normed = x.new_empty((rows, size))
-    total = x if residual is None else x.new_empty((rows, size))
+    normed = new((rows, size), x.dtype)
+    total = x if residual is None else new((rows, size), x.dtype)
     _kernel(
         -(-rows // _ROWS_A_TASK),
         x.data_ptr(),

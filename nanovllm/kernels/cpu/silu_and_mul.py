@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from numba import types
 
-from nanovllm.kernels.cpu.launch import Kernel, integers, next_task, num_tasks
+from nanovllm.kernels.cpu.launch import Kernel, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.vectors import exp2, read, rounded, write
 
 _LOG2_E = 1.4426950408889634
@@ -42,7 +42,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
         [rows, n], of the same dtype.
     """
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty((rows, size))
+    out = new((rows, size), gate_up.dtype)
     pieces = 1 if rows >= _MIN_TASKS else 4
     is_half = gate_up.dtype == torch.bfloat16
     _kernel(rows * pieces, gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), size, is_half, pieces)

@@ -218,8 +218,9 @@ def _tile_family(
 ) -> Any:
     """An intrinsic that computes a tile of a matrix product in registers.
 
-    ``tile(rows, a, a_row, b, b_row, b_column, depth, c, c_row, ahead, apart)`` computes, for ``min_rows`` to ``MAX_ROWS`` rows
-    and ``COLUMNS`` columns, C = A B, or C += A B if the family ``adds``. All sizes are in bytes, addresses int64:
+    ``tile(rows, a, a_row, b, b_row, b_column, depth, c, c_row, ahead, apart)`` computes, for ``min_rows`` to
+    ``MAX_ROWS`` rows and ``COLUMNS`` columns, C = A B, or C += A B if the family ``adds``. All sizes are in bytes,
+    addresses int64:
 
     - A: ``rows`` rows, ``a_row`` apart, of ``depth`` elements of 4 bytes (a float32, two bfloat16, four uint8).
     - B: ``depth`` rows, ``b_row`` apart, of two vectors ``b_column`` apart: an element for each column.

@@ -1,0 +1,241 @@
+"""A sequence of launches, recorded once and replayed in one call.
+
+A decode step is some 250 launches of a few microseconds to a few hundred each. Launched one by one from Python, with a
+team of threads started and joined for each, they take 4 ms more (2 Zen 5 cores): a seventh of a step of one sequence of
+Qwen3-0.6B. Replayed, the threads go from one to the next by themselves.
+
+What is recorded are addresses. So a replay reads and writes the memory of the recording: inputs are put where they were
+when it was made, and intermediate results have a pool of their own, whose buffers are used again as soon as the tensors
+that were made of them are gone (:func:`nanovllm.kernels.cpu.launch.new`).
+"""
+
+import ctypes
+import platform
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from nanovllm.kernels.cpu import launch
+from nanovllm.kernels.cpu.launch import HEADER, Kernel, integers, num_tasks
+from nanovllm.kernels.cpu.vectors import Address, as_int64, fetch_add
+
+_SPINS = 2000  # looks at a barrier before the processor is offered to others
+
+
+class NotRecordableError(Exception):
+    """Something else than a launch happened, which a replay would leave out."""
+
+
+class Recording:
+    """Launches in order, and their arguments.
+
+    Args:
+        launches: Kernels, numbers of tasks and arguments. The memory they name must outlive the recording.
+    """
+
+    def __init__(self, launches: list[tuple[Kernel, int, tuple[int, ...]]]) -> None:
+        self.kernels = [kernel for kernel, _, _ in launches]
+        width = HEADER + max(len(arguments) for _, _, arguments in launches)
+        self.arguments = np.zeros((len(launches), -(-width // 8) * 8), dtype=np.int64)
+        for line, (_, tasks, arguments) in zip(self.arguments, launches, strict=True):
+            line[1] = tasks
+            line[HEADER : HEADER + len(arguments)] = arguments
+        self.addresses = np.array([kernel.address for kernel in self.kernels], dtype=np.int64)
+        self.barrier = np.zeros(1, dtype=np.int64)
+
+    def set_tasks(self, kernel: Kernel, tasks: int) -> None:
+        """Change the number of tasks of all launches of a kernel."""
+        self.arguments[[one is kernel for one in self.kernels], 1] = tasks
+
+    def replay(self) -> None:
+        """Run all launches."""
+        self.arguments[:, 0] = 0
+        self.arguments[:, 2] = 0
+        if launch.team_size_address() == 0:  # threads that may come late cannot wait for one another
+            for number, (kernel, line) in enumerate(zip(self.kernels, self.arguments, strict=True)):
+                launch.run(kernel.address, int(self.arguments.ctypes.data) + number * line.nbytes, int(line[1]))
+            return
+        self.barrier[0] = 0
+        _replay_kernel.call_on_every_thread(
+            self.addresses.ctypes.data,
+            self.arguments.ctypes.data,
+            self.arguments.strides[0],
+            len(self.kernels),
+            self.barrier.ctypes.data,
+            launch.team_size_address(),
+            _yield_address(),
+        )
+
+
+@contextmanager
+def recorded(pool: "Pool") -> Iterator["Recorder"]:
+    """Within it, launches of this thread are noted instead of run.
+
+    Raises:
+        NotRecordableError: Out of it, if a torch operator computes something.
+    """
+    recorder = Recorder(pool)
+    launch.recorder_of_thread.current = recorder
+    try:
+        with _OnlyViews():
+            yield recorder
+    finally:
+        launch.recorder_of_thread.current = None
+
+
+class Pool:
+    """Memory for what launches write. Recordings that are never replayed at the same time may share one."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor whose memory is lent again once no tensor uses it any more."""
+        wanted = int(np.prod(shape)) * dtype.itemsize
+        size = 1 << (max(64, wanted) - 1).bit_length()
+        free = self._free.setdefault(size, [])
+        buffer = free.pop() if free else np.zeros(size, dtype=np.uint8)
+        loan = buffer[:wanted]  # held by the tensor's storage, which its views share
+        weakref.finalize(loan, free.append, buffer).atexit = False
+        return torch.from_numpy(loan).view(dtype).view(shape)
+
+
+class Recorder:
+    """Notes launches.
+
+    Args:
+        pool: Where the memory comes from that they write to.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.launches: list[tuple[Kernel, int, tuple[int, ...]]] = []
+
+    def add(self, kernel: Kernel, tasks: int, arguments: tuple[int, ...]) -> None:
+        """Note a launch."""
+        self.launches.append((kernel, tasks, tuple(int(argument) for argument in arguments)))
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the pool's."""
+        return self.pool.new(shape, dtype)
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Refuses operators that do more than look at memory in another way."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = _memory(args), _memory(result)
+        if func._schema.is_mutable or not made or not made <= given:
+            raise NotRecordableError(f"{func} is not a launch of a CPU kernel")
+        return result
+
+
+def _memory(values: Any) -> set[int]:
+    """Addresses of the storages of the tensors in ``values``."""
+    leaves = tree_flatten(values)[0]
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+@intrinsic
+def _call_kernel(typing_context, function, arguments):  # type: ignore[no-untyped-def]
+    """Call the kernel at an address."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), [values[1]])
+        return context.get_dummy_value()
+
+    return types.void(Address, Address), generate
+
+
+@intrinsic
+def _call_for_int(typing_context, function):  # type: ignore[no-untyped-def]
+    """Call the C function ``int f(void)`` at an address."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(values[0], kind.as_pointer()), []), ir.IntType(64))
+
+    return types.int64(Address), generate
+
+
+@intrinsic
+def _wait_until(typing_context, address, value):  # type: ignore[no-untyped-def]
+    """Look at an int64 up to ``_SPINS`` times; returns what it was last: at least ``value``, or the time is over."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        int64 = ir.IntType(64)
+        place = builder.inttoptr(values[0], int64.as_pointer())
+        before, look, again, done = (
+            builder.block,
+            *(builder.append_basic_block(name) for name in ("look", "again", "done")),
+        )
+        builder.branch(look)
+        builder.position_at_end(look)
+        count = builder.phi(int64)
+        count.add_incoming(ir.Constant(int64, 0), before)
+        seen = builder.load_atomic(place, "acquire", 8)
+        tired = builder.icmp_signed(">=", count, ir.Constant(int64, _SPINS))
+        builder.cbranch(builder.or_(tired, builder.icmp_signed(">=", seen, values[1])), done, again)
+        builder.position_at_end(again)
+        if _PAUSE:
+            name, operands = _PAUSE
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [ir.IntType(32)] * len(operands)), name
+            )
+            builder.call(function, [ir.Constant(ir.IntType(32), operand) for operand in operands])
+        count.add_incoming(builder.add(count, ir.Constant(int64, 1)), again)
+        builder.branch(look)
+        builder.position_at_end(done)
+        return seen
+
+    return types.int64(Address, types.int64), generate
+
+
+# How to tell the processor that a loop only waits.
+_PAUSE: tuple[str, list[int]] | None = {
+    "x86_64": ("llvm.x86.sse2.pause", []),
+    "amd64": ("llvm.x86.sse2.pause", []),
+    "aarch64": ("llvm.aarch64.hint", [1]),
+    "arm64": ("llvm.aarch64.hint", [1]),
+}.get(platform.machine().lower())
+
+
+def _replay(arguments: Any) -> None:
+    """Every thread of a team goes through all launches; none begins one before all have done the last."""
+    functions, lines, line_bytes, count, barrier, team_size, give_way = integers(arguments, 7)  # type: ignore[misc]
+    addresses: Any = as_int64(functions)
+    threads = _call_for_int(team_size)  # perhaps fewer than were asked for
+    target = 0
+    for number in range(count):
+        line = lines + number * line_bytes
+        if num_tasks(line) == 0:
+            continue
+        _call_kernel(addresses[number], line)
+        fetch_add(barrier, 1)
+        target += threads
+        while _wait_until(barrier, target) < target:
+            if give_way != 0:
+                _call_for_int(give_way)
+
+
+_replay_kernel = Kernel(_replay)
+
+
+def _yield_address() -> int:
+    """The address of the function that offers the processor to others; 0 if there is none."""
+    if sys.platform == "win32":
+        return 0
+    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
