@@ -92,10 +92,11 @@ class LLMEngine:
         self._closed = False
         self.counters.startup_seconds = time.perf_counter() - started
         logger.info(
-            "ready in %.2f s: %s on %s, %s attention, %d KV blocks of %d tokens",
+            "ready in %.2f s: %s on %s, %d threads on the host, %s attention, %d KV blocks of %d tokens",
             self.counters.startup_seconds,
             self.runner.dtype,
             self.runner.device,
+            self.runner.num_threads(),
             self.runner.attention.name,
             self.runner.num_kvcache_blocks,
             self.runner.block_size,
@@ -318,6 +319,7 @@ class LLMEngine:
             "device": str(runner.device),
             "dtype": str(runner.dtype).removeprefix("torch."),
             "attention_backend": runner.attention.name,
+            "num_threads": runner.num_threads(),
             "startup_seconds": counters.startup_seconds,
             "num_kvcache_blocks": manager.num_blocks,
             "kvcache_block_size": manager.block_size,

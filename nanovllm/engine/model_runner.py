@@ -26,6 +26,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
 from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, kv_budget, memory_summary
 from nanovllm.utils.model_config import ModelConfig
+from nanovllm.utils.threads import ThreadLimit
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class ModelRunner:
         self.dtype = resolve_dtype(config.dtype, model_config)
         # A stream of our own: steps run in order whichever thread launches them, in whatever context of the caller's.
         self._stream = _take_stream(self.device) if self.device.type == "cuda" else None
+        self._threads = ThreadLimit() if self.device.type == "cpu" else None
         self.graphs: DecodeGraphs | None = None
         self.graph_bytes = 0
         # Whether rows that ask for more than a temperature are drawn by themselves. The CPU draws row by row anyway.
@@ -263,7 +265,9 @@ class ModelRunner:
         return tokens, errors, (list(sample.logprobs), computed)
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        """The stream in which this runner has a CUDA device do everything, construction included."""
+        """Where this runner does everything, construction included: its stream on CUDA, its threads on the CPU."""
+        if self._threads is not None:
+            return self._threads
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _as_asked(self) -> AbstractContextManager[Any]:
@@ -293,6 +297,10 @@ class ModelRunner:
                 torch.cuda.empty_cache()
             _idle_streams.setdefault(self.device, []).append(self._stream)
             self._stream = None
+
+    def num_threads(self) -> int:
+        """Threads of the host that torch computes with in a step."""
+        return torch.get_num_threads() if self._threads is None else self._threads.num_threads()
 
     def kvcache_bytes(self) -> int:
         """Size of the KV cache."""
