@@ -65,8 +65,7 @@ class LLMEngine:
             )
         # What can be refused quickly is refused before anything large is loaded.
         get_model_class(self.model_config.architecture)
-        resolve_dtype(config.dtype, self.model_config)
-        resolve_device(config.device)
+        resolve_dtype(config.dtype, self.model_config, resolve_device(config.device))
         default_params = default_sampling_params(self.model_config)
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or config.model)
         self.runner = ModelRunner(config, self.model_config, self.max_model_len)

@@ -53,9 +53,15 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on ``device`` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type == "mps":  # whose memory is the host's: what others use of it is gone, too
+        ours = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(0, min(ours, available_cpu_memory()))
     return available_cpu_memory()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no memory for a tensor. (MPS says so in words only, at least up to torch 2.6.)"""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
 def memory_summary(device: torch.device) -> str:
