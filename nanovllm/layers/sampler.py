@@ -32,8 +32,8 @@ from nanovllm.layers.top_tokens import BLOCK, in_blocks, most_likely, rows_at_a_
 CANDIDATES = 64
 
 # Draws after which a row with a wide top_p takes its most likely token, where the host does not look whether any was
-# kept. With top_p 0.1 one row in 10^17 gets there; with the least top_p that the candidates do not reach, 4e-4 of a
-# flat distribution, one in 10^6.
+# kept. Draws that are not kept follow a Poisson distribution of mean -log(top_p): with top_p 0.1 one row in 10^16 gets
+# there; with the least top_p that the candidates do not reach, 4e-4 of a flat distribution, one in 400,000.
 BLIND_DRAWS = 24
 
 
