@@ -19,7 +19,8 @@ class EngineConfig:
         model: Directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json).
         tokenizer: Directory of the tokenizer; the model's by default.
         skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
-        dtype: Of weights, activations and KV cache: auto (the checkpoint's), bfloat16, float16 or float32.
+        dtype: Of weights, activations and KV cache: auto (the checkpoint's; float16 for bfloat16 on MPS before macOS
+            14), bfloat16, float16 or float32.
         device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu; a ``torch.device`` is kept by its name.
         seed: The noise of requests that have no seed of their own derives from this.
         tensor_parallel_size: Ranks that share the model.

@@ -329,7 +329,8 @@ class LLM:
         """Facts and totals since the start.
 
         Returns:
-            device, dtype, attention_backend; startup_seconds; num_kvcache_blocks, kvcache_block_size (tokens),
+            device, dtype, attention_backend; num_threads (of the host, in a step); startup_seconds;
+            num_kvcache_blocks, kvcache_block_size (tokens),
             kvcache_bytes, kvcache_blocks_used, peak_kvcache_blocks_used; waiting_requests, running_requests;
             output_tokens (sampled); prefill_tokens (computed of prompts, and of outputs again after a preemption) and
             prefill_seconds (of steps that computed any); decode_tokens and decode_seconds (of steps that only

@@ -26,7 +26,7 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.layers.product import can_pack, pack_weights
+from nanovllm.layers.product import OneDnnWeight, PackedWeight, TiledWeight, pack_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, rope_frequencies
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import ShapeMismatchError, load_weights
@@ -492,32 +492,45 @@ class TestModelSplitOverRanks:
             Qwen3ForCausalLM(config, 64, ParallelGroup(0, 4), F32, CPU)
 
 
+@pytest.mark.parametrize("packing", [TiledWeight, OneDnnWeight])
 class TestPackedWeights:
     """Where the processor gains from it, bfloat16 weights are kept in another layout; products stay the same."""
 
-    @pytest.mark.parametrize("rows", [1, 3, 16, 40])
-    def test_products_stay_the_same(self, rows: int) -> None:
-        layer = RowParallelLinear(24, 10, True, ALONE, torch.bfloat16, CPU)
-        weight, bias = randn(10, 24).bfloat16(), randn(10, seed=1).bfloat16()
+    @pytest.mark.parametrize("rows", [0, 1, 3, 16, 40])
+    @pytest.mark.parametrize(("outputs", "inputs"), [(10, 24), (32, 2), (70, 130), (96, 64)])
+    def test_products_stay_the_same(self, packing: type[PackedWeight], rows: int, outputs: int, inputs: int) -> None:
+        layer = RowParallelLinear(inputs, outputs, True, ALONE, torch.bfloat16, CPU)
+        weight, bias = randn(outputs, inputs).bfloat16(), randn(outputs, seed=1).bfloat16()
         load(layer.weight, {"": weight})
         load(layer.bias, {"": bias})
-        if not can_pack(layer.weight):
-            pytest.skip("this processor or this torch has no packed bfloat16 products")
-        x = randn(rows, 24, seed=2).bfloat16()
+        skip_unless(packing, weight)
+        x = randn(rows, inputs, seed=2).bfloat16()
         expected = F.linear(x.double(), weight.double(), bias.double())
-        pack_weights(layer)
+        layer.pack(packing)
         assert layer.weight is None
-        torch.testing.assert_close(layer(x).double(), expected, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(layer(x).double(), expected, rtol=2**-7, atol=2**-6)
 
-    def test_a_tied_embedding_keeps_its_table(self) -> None:
-        embedding = VocabParallelEmbedding(9, 6, ALONE, torch.bfloat16, CPU)
-        head = ParallelLMHead(9, 6, ALONE, torch.bfloat16, CPU, tied_to=embedding)
-        table = randn(9, 6).bfloat16()
+    def test_a_tied_embedding_gives_the_same_rows(self, packing: type[PackedWeight]) -> None:
+        embedding = VocabParallelEmbedding(70, 6, ALONE, torch.bfloat16, CPU)
+        head = ParallelLMHead(70, 6, ALONE, torch.bfloat16, CPU, tied_to=embedding)
+        table = randn(70, 6).bfloat16()
         load(embedding.weight, {"": table})
-        pack_weights(head)
-        assert torch.equal(embedding(torch.arange(9)), table)
+        skip_unless(packing, table)
+        head.pack(packing)
+        ids = torch.tensor([69, 0, 31, 32, 32])
+        assert torch.equal(embedding(ids), table[ids])
         hidden = randn(2, 6, seed=1).bfloat16()
         torch.testing.assert_close(head(hidden), (hidden @ table.T).float(), rtol=2**-7, atol=2**-7)
+
+
+def skip_unless(packing: type[PackedWeight], weight: torch.Tensor) -> None:
+    if not packing.suits(weight):  # type: ignore[attr-defined]
+        pytest.skip("this processor or this torch has no such products")
+
+
+class TestUnpackedWeights:
+    def test_odd_inputs_do_not_fit_pairs(self) -> None:
+        assert not TiledWeight.suits(randn(4, 3).bfloat16())
 
     def test_float32_stays_as_it_is(self) -> None:
         layer = RowParallelLinear(24, 10, False, ALONE, F32, CPU)

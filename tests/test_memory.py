@@ -11,10 +11,27 @@ import torch
 from nanovllm import LLM
 from nanovllm.engine.batch_state import BatchState
 from nanovllm.utils import memory
+from nanovllm.utils.cgroups import ROOT, memory_left
 from nanovllm.utils.memory import available_cpu_memory, cuda_kv_budget, kv_budget, peak_cpu_memory
 from tests.threads import one_thread  # noqa: F401
 
 GIB = 1 << 30
+
+
+def write_own_groups(root: Path, lines: str) -> None:
+    """Say of which control groups the process is a member."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(f"{lines}\n")
+
+
+def write_memory_group(root: Path, version: int, path: str, limit: Any, usage: int, statistics: str = "") -> None:
+    """Files of a control group under a root of a file system."""
+    directory = root / "sys/fs/cgroup" / ("memory" if version == 1 else "") / path
+    directory.mkdir(parents=True, exist_ok=True)
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    for name, content in zip((*names, "memory.stat"), (limit, usage, statistics), strict=True):
+        if content != "":
+            (directory / name).write_text(f"{content}\n")
 
 
 class TestCudaBudget:
@@ -59,49 +76,70 @@ class TestCpuMemory:
     @pytest.fixture(autouse=True)
     def _machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB, total=128 * GIB))
-        monkeypatch.setattr(memory, "_CGROUP_FILES", ())
+        monkeypatch.setattr(memory, "memory_left", lambda root: None if root == ROOT else memory_left(root))
 
-    def group(self, path: Path, monkeypatch: pytest.MonkeyPatch, limit: Any, usage: Any, statistics: str = "") -> None:
-        names = []
-        for name, content in (("limit", limit), ("usage", usage), ("statistics", statistics)):
-            if content != "":
-                (path / name).write_text(f"{content}\n")
-            names.append(str(path / name))
-        monkeypatch.setattr(memory, "_CGROUP_FILES", (*memory._CGROUP_FILES, (*names, "inactive_file")))
-
-    def test_without_a_control_group(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_without_a_control_group(self, tmp_path: Path) -> None:
         assert available_cpu_memory() == 64 * GIB
-        absent = str(tmp_path / "absent")
-        monkeypatch.setattr(memory, "_CGROUP_FILES", ((absent, absent, absent, "inactive_file"),))
-        assert available_cpu_memory() == 64 * GIB
+        assert available_cpu_memory(tmp_path) == 64 * GIB
 
-    def test_a_limit_below_the_machines_memory(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.group(tmp_path, monkeypatch, 8 * GIB, 3 * GIB)
-        assert available_cpu_memory() == 5 * GIB
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_a_limit_below_the_machines_memory(self, tmp_path: Path, version: int) -> None:
+        write_memory_group(tmp_path, version, "", 8 * GIB, 3 * GIB)
+        assert available_cpu_memory(tmp_path) == 5 * GIB
 
-    @pytest.mark.parametrize("limit", ["max", 9223372036854771712, 100 * GIB])
-    def test_no_limit_or_one_beyond_the_machine(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: Any
-    ) -> None:
-        self.group(tmp_path, monkeypatch, limit, 3 * GIB)
-        assert available_cpu_memory() == 64 * GIB
+    @pytest.mark.parametrize(
+        ("version", "limit"), [(2, "max"), (1, 9223372036854771712), (1, 100 * GIB), (2, 100 * GIB)], ids=str
+    )
+    def test_no_limit_or_one_beyond_the_machine(self, tmp_path: Path, version: int, limit: Any) -> None:
+        write_memory_group(tmp_path, version, "", limit, 3 * GIB)
+        assert available_cpu_memory(tmp_path) == 64 * GIB
 
-    def test_page_cache_that_can_be_given_back_is_not_use(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    @pytest.mark.parametrize(
+        ("version", "statistics"),
+        [
+            (2, f"anon {GIB}\ninactive_file {4 * GIB}\nactive_file {GIB}"),
+            (1, f"inactive_file 0\ntotal_inactive_file {4 * GIB}\n"),
+        ],
+    )
+    def test_page_cache_that_can_be_given_back_is_not_use(self, tmp_path: Path, version: int, statistics: str) -> None:
         """A checkpoint that was just read would otherwise look like memory that is gone."""
-        self.group(tmp_path, monkeypatch, 8 * GIB, 7 * GIB, f"anon {GIB}\ninactive_file {4 * GIB}\nactive_file {GIB}")
-        assert available_cpu_memory() == 5 * GIB
+        write_memory_group(tmp_path, version, "", 8 * GIB, 7 * GIB, statistics)
+        assert available_cpu_memory(tmp_path) == 5 * GIB
 
-    def test_use_beyond_the_limit_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.group(tmp_path, monkeypatch, 2 * GIB, 3 * GIB)
-        assert available_cpu_memory() == 0
+    def test_use_beyond_the_limit_leaves_nothing(self, tmp_path: Path) -> None:
+        write_memory_group(tmp_path, 2, "", 2 * GIB, 3 * GIB)
+        assert available_cpu_memory(tmp_path) == 0
 
-    def test_the_tightest_group_counts(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        for name, limit in (("v2", 8 * GIB), ("v1", 6 * GIB)):
-            (tmp_path / name).mkdir()
-            self.group(tmp_path / name, monkeypatch, limit, GIB)
-        assert available_cpu_memory() == 5 * GIB
+    def test_where_use_is_throttled_is_a_limit_too(self, tmp_path: Path) -> None:
+        write_memory_group(tmp_path, 2, "", 8 * GIB, GIB)
+        (tmp_path / "sys/fs/cgroup/memory.high").write_text(f"{3 * GIB}\n")
+        assert available_cpu_memory(tmp_path) == 2 * GIB
+
+    @pytest.mark.parametrize(("version", "line"), [(2, "0::/jobs/mine"), (1, "7:memory:/jobs/mine\n0::/elsewhere")])
+    @pytest.mark.parametrize("tightest", ["jobs/mine", "jobs", ""])
+    def test_the_tightest_of_nested_groups_counts(self, tmp_path: Path, version: int, line: str, tightest: str) -> None:
+        write_own_groups(tmp_path, line)
+        for path in ("jobs/mine", "jobs", "", "jobs/another", "elsewhere"):
+            ours = path not in ("jobs/another", "elsewhere")
+            limit = (5 if path == tightest else 50) if ours else 2
+            write_memory_group(tmp_path, version, path, limit * GIB, GIB)
+        assert available_cpu_memory(tmp_path) == 4 * GIB
+
+    def test_a_container_that_sees_its_own_group_as_the_root(self, tmp_path: Path) -> None:
+        write_own_groups(tmp_path, "12:cpu,cpuacct:/docker/0123\n7:memory:/docker/0123")
+        write_memory_group(tmp_path, 1, "", 3 * GIB, GIB)
+        assert available_cpu_memory(tmp_path) == 2 * GIB
+
+    def test_a_group_outside_of_what_is_shown(self, tmp_path: Path) -> None:
+        write_own_groups(tmp_path, "0::/../../mine")
+        write_memory_group(tmp_path, 2, "", 3 * GIB, GIB)
+        assert available_cpu_memory(tmp_path) == 2 * GIB
+
+    def test_both_versions_side_by_side(self, tmp_path: Path) -> None:
+        write_own_groups(tmp_path, "7:memory:/a\n1:name=systemd:/b\n0::/b")
+        write_memory_group(tmp_path, 1, "a", 6 * GIB, GIB)
+        write_memory_group(tmp_path, 2, "unified/b", 8 * GIB, GIB)
+        assert available_cpu_memory(tmp_path) == 5 * GIB
 
     def test_the_cache_takes_a_share_of_what_is_available(self) -> None:
         assert kv_budget(torch.device("cpu"), 0, 0.9) == int(memory.CPU_SHARE * 64 * GIB)

@@ -303,15 +303,10 @@ class TestThroughTheSampler:
 
         fakes = {"sample": fake_sample, "nucleus": lambda *arguments: None}
         monkeypatch.setattr(sampler_module.kernels, "load", lambda name, device: fakes[name] if with_kernels else None)
-        waits = not with_kernels and name in ("top_k of the vocabulary", "top_p", "top_k or top_p", "all")
         rows = make_rows(request_keys(2), torch.arange(2), **parameters)
         for field in ("temperature", "top_k", "top_p", "keys", "positions", "min_p"):
             setattr(rows, field, getattr(rows, field).to("meta"))
         monkeypatch.setattr(torch, "tensor", None)  # from host memory, which waits
         sampler = Sampler(300, torch.device("meta"))
         logits = torch.empty(2, 300, device="meta")
-        if waits:
-            with pytest.raises(RuntimeError, match="meta"):
-                sampler(logits, rows)
-        else:
-            assert sampler(logits, rows).shape == (2,)
+        assert sampler(logits, rows).shape == (2,)

@@ -56,6 +56,7 @@ class AttentionMetadata:
         block_tables: [slots, blocks], int32 or int64: KV blocks in order; what lies beyond a context is ignored.
         slot_mapping: [tokens], int64: where each token's key and value go, ``block * block_size + offset``.
         slots: [rows], int64: each row's line of ``block_tables``; None if row i has line i.
+        offsets: [tokens], int64: ``slot_mapping`` modulo the block size, if it is known.
     """
 
     query_lengths: list[int]
@@ -63,6 +64,7 @@ class AttentionMetadata:
     block_tables: torch.Tensor
     slot_mapping: torch.Tensor
     slots: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
 
 
 @dataclass(slots=True)

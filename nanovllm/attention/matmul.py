@@ -12,11 +12,14 @@ then yields each head's keys in one piece, ready for a batched product. The quer
 rows of one product, so that no head is ever repeated in memory.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nanovllm.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, AttentionStep
+from nanovllm.utils.transfer import upload
 
 # float32 scores that exist at a time in a prefill (64 MiB): longer prompts attend in slices of their queries.
 MAX_SCORES = 1 << 24
@@ -34,6 +37,9 @@ class MatmulAttention(AttentionBackend):
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
         self.cache: torch.Tensor | None = None  # [layers, 2, blocks, kv_heads, block_size, head_dim]
+        # Only the CPU may look at numbers between two operations: elsewhere the host would wait for the device.
+        self.can_look = spec.device.type == "cpu"
+        self.takes_offsets = spec.device.type != "mps"  # index_select copies a view that begins inside its storage
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
@@ -68,7 +74,6 @@ class _DecodeGroup:
     tokens: torch.Tensor  # [rows]: their tokens in the step
     gather: torch.Tensor  # [rows * kv_heads * blocks]: (block, head) pairs
     beyond: torch.Tensor  # [rows, 1, 1, length] bool: positions past the row's context
-    stale: torch.Tensor  # flat indices of those positions in [rows * kv_heads * length]
 
 
 class MatmulStep(AttentionStep):
@@ -92,11 +97,11 @@ class MatmulStep(AttentionStep):
         self._group_decodes(decode_rows, tables)
         if backend.cache is not None:
             # [tokens, kv_heads] rows of the cache seen as [blocks * kv_heads * block_size, head_dim]
-            slots, heads = metadata.slot_mapping, self._heads()
-            block, offset = slots // backend.block_size, slots % backend.block_size
-            self.write_index = (
-                (block[:, None] * self.spec.num_kv_heads + heads) * backend.block_size + offset[:, None]
-            ).flatten()
+            slots, offsets = metadata.slot_mapping, metadata.offsets
+            if offsets is None:
+                offsets = slots % backend.block_size
+            first = (slots - offsets) * self.spec.num_kv_heads + offsets  # of each token: that of its first head
+            self.write_index = (first[:, None] + self._heads() * backend.block_size).flatten()
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = k, v  # without a cache every row attends to the step's own
@@ -108,7 +113,7 @@ class MatmulStep(AttentionStep):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         # Masked positions get weight 0, but 0 times infinity is NaN: an overflow must not reach the tokens before it,
         # whose keys and values others may share.
-        overflow = bool(self.prefills) and not bool(v.isfinite().all())
+        overflow = bool(self.prefills) and not (self.backend.can_look and bool(v.isfinite().all()))
         for row in self.prefills:
             if row.gather is None:
                 row_keys, row_values = k[row.tokens].transpose(0, 1), v[row.tokens].transpose(0, 1)
@@ -131,7 +136,10 @@ class MatmulStep(AttentionStep):
         out: torch.Tensor,
         overflow: bool,
     ) -> None:
-        """Attend queries at positions ``start, start + 1, ...`` to keys and values [kv_heads, context, head_dim]."""
+        """Attend queries at positions ``start, start + 1, ...`` to keys and values [kv_heads, context, head_dim].
+
+        ``overflow`` says that values may be infinite or NaN.
+        """
         spec = self.spec
         group = spec.num_heads // spec.num_kv_heads
         step = max(1, MAX_SCORES // (spec.num_heads * keys.shape[1]))
@@ -156,7 +164,7 @@ class MatmulStep(AttentionStep):
                 visible = visible.masked_fill(bad[..., None], 0)
             attended = torch.matmul(weights, visible).view(spec.num_kv_heads, group, n, spec.head_dim)
             if bad is not None:  # those that may see a bad position answer NaN, as they should
-                sees = bad.cumsum(dim=-1)[:, length - n :] > 0
+                sees = bad.float().cumsum(dim=-1)[:, length - n :] > 0
                 attended.masked_fill_(sees[:, None, :, None], float("nan"))
             out[first : first + n].view(n, spec.num_kv_heads, group, spec.head_dim).copy_(attended.permute(2, 0, 1, 3))
 
@@ -172,26 +180,27 @@ class MatmulStep(AttentionStep):
         context = self._gathered(values, group.gather, pairs)
         # Positions past a context hold what some earlier sequence left, or nothing yet. Their weight is 0, but times an
         # infinity that is NaN. On the CPU a look at the small product is cheaper than to clear them every time.
-        can_look = q.device.type == "cpu"
-        attended = torch.bmm(weights, context) if can_look else None
+        attended = torch.bmm(weights, context) if self.backend.can_look else None
         if attended is None or not attended.isfinite().all():
-            context.view(-1, spec.head_dim).index_fill_(0, group.stale, 0)
+            beyond = group.beyond.transpose(2, 3)  # [rows, 1, length, 1]
+            context.view(rows, spec.num_kv_heads, -1, spec.head_dim).masked_fill_(beyond, 0)
             attended = torch.bmm(weights, context)
         return attended.view(rows, spec.num_heads, spec.head_dim)
 
     def _scores(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Scaled products of queries [pairs, n, head_dim] and keys [pairs, length, head_dim], at least in float32."""
-        keys = keys.transpose(1, 2)
+        scale = self.backend.scale
         if queries.dtype == torch.float16:  # its largest number is 65,504: scale before the product is rounded to it
-            nothing = queries.new_empty(())
-            return torch.baddbmm(nothing, queries, keys, beta=0, alpha=self.backend.scale).float()
-        scores = torch.bmm(queries, keys)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(self.backend.scale)
+            exact = 2.0 ** math.floor(math.log2(scale))
+            queries, scale = queries * exact, scale / exact
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
 
     def _gathered(self, cache: torch.Tensor, index: torch.Tensor, pairs: int) -> torch.Tensor:
         """A copy of the (block, head) pairs ``index``: [pairs, positions, head_dim]."""
         flat = cache.view(-1, self.backend.block_size * self.spec.head_dim)
-        return flat.index_select(0, index).view(pairs, -1, self.spec.head_dim)
+        gathered = flat.index_select(0, index) if self.backend.takes_offsets else flat[index]
+        return gathered.view(pairs, -1, self.spec.head_dim)
 
     def _tables(self, metadata: AttentionMetadata) -> torch.Tensor:
         """The rows' block tables, int64 [rows, blocks], as wide as the longest context needs."""
@@ -216,17 +225,14 @@ class MatmulStep(AttentionStep):
             end = next((i for i, row in enumerate(rows) if row[0] < MIN_FILL * longest - 2 * block_size), len(rows))
             end = min(end, max(1, MAX_GATHERED // (longest * self.spec.num_kv_heads * self.spec.head_dim)))
             members, rows = rows[:end], rows[end:]
-            contexts = torch.tensor([context for context, _, _ in members], device=device)
-            tables = all_tables[torch.tensor([row for _, row, _ in members], device=device)]
+            contexts, lines, tokens = upload(list(np.array(members).T), device)
             padded = -(-longest // block_size) * block_size
             beyond = torch.arange(padded, device=device)[None, :] >= contexts[:, None]  # [rows, padded]
             # A released slot's table may name any block: whatever is beyond the context is masked.
-            stale = beyond[:, None, :].expand(-1, self.spec.num_kv_heads, -1).flatten().nonzero().flatten()
             self.decodes.append(
                 _DecodeGroup(
-                    tokens=torch.tensor([token for _, _, token in members], device=device),
-                    gather=self._gather_index(tables, longest),
+                    tokens=tokens,
+                    gather=self._gather_index(all_tables[lines], longest),
                     beyond=beyond[:, None, None, :],
-                    stale=stale,
                 )
             )

@@ -1,7 +1,8 @@
 """What the device remembers of each resident sequence between steps.
 
-The host tells it only changes (a :class:`StepPlan`); input ids, positions and slot mappings are derived here from
-tables that stay on the device, so that a sampled token never has to travel to the host before the next step can run.
+The host tells it only changes (a :class:`StepPlan`) and where in their sequences a step's tokens are; what they are,
+and where their keys and values go, is looked up here in tables that stay on the device, so that a sampled token never
+has to travel to the host before the next step can run.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from nanovllm.engine.logit_rules import LogitRules
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers import temperature as schedules
 from nanovllm.layers.sampler import SamplingRows
-from nanovllm.utils.transfer import to_device
+from nanovllm.utils.transfer import to_device, upload
 
 # Columns of ``BatchState.params``: floats by their bits, then integers.
 _TEMPERATURE, _TOP_P, _MIN_P, _TOP_K, _NOISE_KEY, _NUM_COLUMNS = 0, 1, 2, 3, 4, 6
@@ -190,38 +191,30 @@ class BatchState:
 
     def step_input(self, plan: StepPlan) -> StepInput:
         """The model's input for the rows of ``plan``, whose changes have been applied."""
-        rows = self._tensor([plan.slots, plan.starts, plan.lengths])
-        slots, starts, lengths = rows.unbind(dim=0)
-        ends = lengths.cumsum(dim=0)
-        if plan.num_tokens == len(plan.slots):  # one token a row
-            token_slots, positions = slots, starts
-        else:
-            row_of_token = torch.repeat_interleave(lengths, output_size=plan.num_tokens)
-            token_slots = slots[row_of_token]
-            offsets = torch.arange(plan.num_tokens, device=self.device) - (ends - lengths)[row_of_token]
-            positions = starts[row_of_token] + offsets
-        contexts = [start + length for start, length in zip(plan.starts, plan.lengths, strict=True)]
-        longest = max(contexts)
-        self.num_computed[slots] = (starts + lengths).to(torch.int32)
-        blocks = self.block_tables[token_slots, positions // self.block_size].long()
+        by_row, by_token = _places(plan, self.block_size)
+        some_wait = not all(plan.samples)
+        rows, tokens, *sampling = upload(
+            [by_row, by_token, *([by_row[:, plan.samples]] if some_wait else [])], self.device
+        )
+        slots, computed, _ = rows.unbind()
+        token_slots, positions, columns, offsets = tokens.unbind()
+        sampling_slots, next_positions, last_tokens = (sampling[0] if some_wait else rows).unbind()
+        self.num_computed[slots] = computed.to(torch.int32)
+        contexts = by_row[1].tolist()
         attention = AttentionMetadata(
             query_lengths=plan.lengths,
             context_lengths=contexts,
             block_tables=self.block_tables,
-            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            slot_mapping=self.block_tables[token_slots, columns].long() * self.block_size + offsets,
             slots=slots,
+            offsets=offsets,
         )
-        last_tokens, next_positions = ends - 1, starts + lengths
-        sampling = [row for row, samples in enumerate(plan.samples) if samples]
-        if len(sampling) < len(plan.slots):
-            index = self._tensor(sampling)
-            slots, last_tokens, next_positions = slots[index], last_tokens[index], next_positions[index]
-        sampled = [plan.slots[row] for row in sampling]
+        sampled = [slot for slot, samples in zip(plan.slots, plan.samples, strict=True) if samples]
         return StepInput(
             token_ids=self.token_ids[token_slots, positions].long(),
             positions=positions,
             attention=attention,
-            places=SamplePlaces(sampled, slots, next_positions, longest) if sampling else None,
+            places=SamplePlaces(sampled, sampling_slots, next_positions, max(contexts)) if sampled else None,
             hidden_rows=last_tokens,
             prompt_logprobs=self._prompt_logprobs_input(plan) if self._wanting_prompt_logprobs else [],
         )
@@ -367,6 +360,24 @@ class BatchState:
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return to_device(values, dtype, self.device)
+
+
+def _places(plan: StepPlan, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the rows and tokens of a step belong.
+
+    Returns:
+        [3, rows]: each row's slot, tokens computed when the step is done, and last token among those of the step;
+        [4, tokens]: each token's slot, position, number of its block in its sequence, and place in that block.
+    """
+    slots, starts, lengths = np.array([plan.slots, plan.starts, plan.lengths])
+    computed, ends = starts + lengths, lengths.cumsum()
+    token_slots, positions = slots, starts
+    if plan.num_tokens > len(slots):
+        rows = np.repeat(np.arange(len(slots)), lengths)  # of each token
+        token_slots, positions = slots[rows], (computed - ends)[rows] + np.arange(len(rows))
+    blocks = positions // block_size  # here rather than on the device: MPS divides integers as floats
+    offsets = positions - blocks * block_size
+    return np.array([slots, computed, ends - 1]), np.array([token_slots, positions, blocks, offsets])
 
 
 def _params_line(entry: SlotEntry) -> np.ndarray:

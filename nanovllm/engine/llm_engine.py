@@ -65,8 +65,7 @@ class LLMEngine:
             )
         # What can be refused quickly is refused before anything large is loaded.
         get_model_class(self.model_config.architecture)
-        resolve_dtype(config.dtype, self.model_config)
-        resolve_device(config.device)
+        resolve_dtype(config.dtype, self.model_config, resolve_device(config.device))
         default_params = default_sampling_params(self.model_config)
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or config.model)
         self.runner = ModelRunner(config, self.model_config, self.max_model_len)
@@ -92,10 +91,11 @@ class LLMEngine:
         self._closed = False
         self.counters.startup_seconds = time.perf_counter() - started
         logger.info(
-            "ready in %.2f s: %s on %s, %s attention, %d KV blocks of %d tokens",
+            "ready in %.2f s: %s on %s, %d threads on the host, %s attention, %d KV blocks of %d tokens",
             self.counters.startup_seconds,
             self.runner.dtype,
             self.runner.device,
+            self.runner.num_threads(),
             self.runner.attention.name,
             self.runner.num_kvcache_blocks,
             self.runner.block_size,
@@ -316,6 +316,7 @@ class LLMEngine:
             "device": str(runner.device),
             "dtype": str(runner.dtype).removeprefix("torch."),
             "attention_backend": runner.attention.name,
+            "num_threads": runner.num_threads(),
             "startup_seconds": counters.startup_seconds,
             "num_kvcache_blocks": manager.num_blocks,
             "kvcache_block_size": manager.block_size,

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanovllm.engine.step_plan import SlotEntry
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.transfer import to_device
+from nanovllm.utils.transfer import to_device, upload
 
 _ALWAYS = 2**31 - 1
 # Repetition penalties beyond these decide by themselves, and float32 would hold them as 0 or inf: 0 * inf is NaN.
@@ -37,7 +38,7 @@ class _BatchRules:
     """The rules of a batch's rows, on the device."""
 
     processors: list[tuple[int, _SlotRules]]  # row
-    allowed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # rows; row and id of each allowed token
+    allowed: tuple[list[int], torch.Tensor, torch.Tensor] | None  # rows; row and id of each allowed token
     biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None  # row, token, value, before position
     # row, last token, [words, most tokens - 1] others, where the output begins
     bad_words: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
@@ -117,7 +118,7 @@ class LogitRules:
         self._batch = (slots, batch)
         errors: dict[int, str] = {}
         for row, rules in batch.processors:
-            known = token_ids[slot_index[row], : int(positions[row])].tolist()
+            known = token_ids[slots[row], : int(positions[row])].tolist()
             try:
                 logits[row] = _process(rules, known, logits[row])
             except Exception as error:  # whatever a user's callable raises ends its request and no other
@@ -126,7 +127,8 @@ class LogitRules:
         if batch.allowed is not None:
             rows, at, token = batch.allowed
             kept = logits[at, token]
-            logits.index_fill_(0, rows, float("-inf"))
+            for row in rows:
+                logits[row].fill_(float("-inf"))
             logits[at, token] = kept
         if batch.biases is not None:
             at, token, value, until = batch.biases
@@ -163,9 +165,13 @@ class LogitRules:
             self.counts = grown
             self._free_count_rows = list(range(grown.shape[0] - 1, size - 1, -1))
         row = self._free_count_rows.pop()
-        counts = self.counts[row].zero_()
-        output = self._tensor(list(entry.token_ids[entry.num_prompt_tokens :]))
-        counts.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        self.counts[row].zero_()
+        tokens, numbers = np.unique(
+            np.array(entry.token_ids[entry.num_prompt_tokens :], dtype=np.int64), return_counts=True
+        )
+        if len(tokens):
+            where, written = upload([tokens, numbers], self.device)
+            self.counts[row, where] = written.to(torch.int32)
         return row
 
     def _penalize(
@@ -199,7 +205,7 @@ class LogitRules:
         batch = _BatchRules([(row, r) for row, r in rules if r.processors], None, None, None, None)
         if allowed:
             row, token = self._tensor(allowed).unbind(dim=1)
-            batch.allowed = (self._tensor(sorted({row for row, _ in allowed})), row, token)
+            batch.allowed = (sorted({row for row, _ in allowed}), row, token)
         if biases:
             rows, tokens, values, until = map(list, zip(*biases, strict=True))
             batch.biases = (

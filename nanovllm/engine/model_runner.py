@@ -27,8 +27,10 @@ from nanovllm.layers.sampler import Sampler, SamplingRows
 from nanovllm.models.registry import get_model_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import checkpoint_dtype, load_weights
-from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, kv_budget, memory_summary
+from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, is_out_of_memory, kv_budget, memory_summary
 from nanovllm.utils.model_config import ModelConfig
+from nanovllm.utils.threads import ThreadLimit
+from nanovllm.utils.transfer import settle_mps
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +62,23 @@ class ModelRunner:
         self.model_config = model_config
         self.max_model_len = max_model_len
         self.device = resolve_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, model_config)
+        self.dtype = resolve_dtype(config.dtype, model_config, self.device)
+        if self.dtype != resolve_dtype(config.dtype, model_config, torch.device("cpu")):
+            logger.warning(
+                "the checkpoint's dtype is bfloat16, which MPS has from macOS 14 on: %s is used, whose largest number "
+                "is 65,504 (dtype='float32' is safe, and takes twice the memory)",
+                self.dtype,
+            )
         # A stream of our own: steps run in order whichever thread launches them, in whatever context of the caller's.
         self._stream = _take_stream(self.device) if self.device.type == "cuda" else None
+        self._threads = ThreadLimit() if self.device.type == "cpu" else None
         self.graphs: DecodeGraphs | None = None
         self.graph_bytes = 0
         self.recorded: RecordedSteps | None = None
+        # Whether the device runs behind the host, which must then wait for nothing on the way of a step.
+        runs_behind = self.device.type in ("cuda", "mps")
         # Whether rows that ask for more than a temperature are drawn by themselves. The CPU draws row by row anyway.
-        self.draws_apart = self.device.type == "cuda"
+        self.draws_apart = runs_behind
         # One at a time: profiling, and what others capture, disturb each other.
         lock = _construction if self._stream is not None else nullcontext()
         with lock, self._on_device(), self._as_asked():
@@ -80,7 +91,7 @@ class ModelRunner:
             if isinstance(self.attention, CpuAttention) and not config.enforce_eager and kernels.is_enabled("graphs"):
                 self.recorded = RecordedSteps(self.model, self.attention, self.num_slots)
         # Steps in flight before the results of the first are taken in. The CPU would gain nothing: it is the device.
-        self.overlap_depth = 1 if self.device.type == "cuda" and kernels.is_enabled("overlap") else 0
+        self.overlap_depth = 1 if runs_behind and kernels.is_enabled("overlap") else 0
 
     def _load(self) -> None:
         """Choose the attention backend, and load the model."""
@@ -111,7 +122,9 @@ class ModelRunner:
         try:
             self.model = model_class(model_config, self.max_model_len, parallel, self.dtype, self.device)
             load_weights(self.model, model_config.path, self.model.resolve_weight)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"the weights of {model_config.path} in {self.dtype} do not fit {self.device}: "
                 f"{memory_summary(self.device)} (end other processes on the device, choose a smaller dtype or "
@@ -195,7 +208,9 @@ class ModelRunner:
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with _InferenceMode(True), self._on_device(), self._as_asked():
                 return self._execute(plan)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             message = (
                 f"a step of {plan.num_tokens} tokens of {len(plan.slots)} sequences does not fit the memory of "
                 f"{self.device}: {memory_summary(self.device)} (lower gpu_memory_utilization, "
@@ -284,7 +299,9 @@ class ModelRunner:
         return tokens, errors, (list(sample.logprobs), computed)
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        """The stream in which this runner has a CUDA device do everything, construction included."""
+        """Where this runner does everything, construction included: its stream on CUDA, its threads on the CPU."""
+        if self._threads is not None:
+            return self._threads
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _as_asked(self) -> AbstractContextManager[Any]:
@@ -308,12 +325,20 @@ class ModelRunner:
             with suppress(RuntimeError):  # a device that has failed cannot be waited for
                 self._stream.synchronize()
         self.graphs = None
+        if self.device.type == "mps":
+            settle_mps()
         del self.model, self.attention, self.batch_state, self.sampler
+        if self.device.type == "mps":
+            torch.mps.empty_cache()
         if self._stream is not None:
             with suppress(RuntimeError):
                 torch.cuda.empty_cache()
             _idle_streams.setdefault(self.device, []).append(self._stream)
             self._stream = None
+
+    def num_threads(self) -> int:
+        """Threads of the host that torch computes with in a step."""
+        return torch.get_num_threads() if self._threads is None else self._threads.num_threads()
 
     def kvcache_bytes(self) -> int:
         """Size of the KV cache."""
@@ -456,13 +481,20 @@ def _why_no_cuda() -> str:
     )
 
 
-def resolve_dtype(name: str, model_config: ModelConfig) -> torch.dtype:
-    """The torch dtype for ``name``; "auto" is the checkpoint's."""
+def resolve_dtype(name: str, model_config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The torch dtype for ``name`` on ``device``; "auto" is the checkpoint's, or float16 where that is bfloat16 and
+    the device has none. ValueError if it cannot be had.
+    """
+    lacks_bfloat16 = device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
     if name == "auto":
         name = model_config.dtype or checkpoint_dtype(model_config.path)
         name = str(name).removeprefix("torch.")
         if name not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"the checkpoint's dtype is {name!r}; pass dtype='bfloat16', 'float16' or 'float32'")
+        if name == "bfloat16" and lacks_bfloat16:
+            name = "float16"
+    elif name == "bfloat16" and lacks_bfloat16:
+        raise ValueError("dtype is 'bfloat16', which MPS has from macOS 14 on; pass 'float16' or 'float32'")
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -24,9 +24,13 @@ def top_logprobs(
         Log-probabilities float32 [rows, num], the most likely first, and token ids int64 [rows, num]; of equally
         likely tokens the lower id comes first.
     """
+    if num == 0:
+        return logits[:, :0], torch.zeros(len(logits), 0, dtype=torch.int64, device=logits.device)
     if num * 16 >= logits.shape[1]:
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        values, ids = values[:, :num], ids[:, :num]
+        # On the host if need be: MPS does not say whether its sort is stable.
+        place = torch.device("cpu") if logits.device.type == "mps" else logits.device
+        values, ids = logits.to(place).sort(dim=-1, descending=True, stable=True)
+        values, ids = values[:, :num].to(logits.device), ids[:, :num].to(logits.device)
     else:
         blocks = in_blocks(logits)
         rows = torch.arange(len(logits), device=logits.device)

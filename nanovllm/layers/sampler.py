@@ -10,6 +10,7 @@ How a row's token is drawn depends on that row alone:
 - **With top_k, or top_p that the 64 most likely tokens reach**, one draw among the kept ones of the most likely tokens.
 - **With top_p that these do not reach**, a draw of the whole vocabulary, which is kept if the tokens ahead of it do not
   reach top_p yet; otherwise the next draw is among those ahead. No search for the edge: most first draws are kept.
+  (Without a kernel for it, and where the host must not look, a number of draws is made that always suffices.)
 
 The noise is a pure function of (key of the request, position of the token, block or token id). So a request gets the
 same tokens whatever else is in its batch, however its prompt was cut up, and on however many ranks it runs.
@@ -29,6 +30,11 @@ from nanovllm.layers.top_tokens import BLOCK, in_blocks, most_likely, rows_at_a_
 
 # Tokens among which top_p is tried first. A constant, so that a row's draw does not depend on other rows' top_k.
 CANDIDATES = 64
+
+# Draws after which a row with a wide top_p takes its most likely token, where the host does not look whether any was
+# kept. Draws that are not kept follow a Poisson distribution of mean -log(top_p): with top_p 0.1 one row in 10^16 gets
+# there; with the least top_p that the candidates do not reach, 4e-4 of a flat distribution, one in 400,000.
+BLIND_DRAWS = 24
 
 
 @dataclass(slots=True)
@@ -66,7 +72,7 @@ class SamplingRows:
 
 
 class Sampler(nn.Module):
-    """Samples a token id for each row of logits. On CUDA with kernels, the host waits for nothing.
+    """Samples a token id for each row of logits. Where that is not on the CPU, the host waits for nothing.
 
     Args:
         vocab_size: Token ids.
@@ -141,6 +147,9 @@ class _Batch:
                 if self.sampler.nucleus_kernel is not None:
                     self._launch_nucleus(self.truncated & ~settled, tokens)
                     continue
+                if not self.on_cpu:
+                    tokens = self._draw_nucleus_blindly(self.truncated & ~settled, tokens)
+                    continue
                 index = index[self.truncated[index] & ~settled]
                 if len(index):
                     tokens[index] = self._draw_nucleus(index)
@@ -175,10 +184,11 @@ class _Batch:
         scratch = torch.empty_like(self.blocks[:step])
         for first in range(0, count, step):
             part = slice(first, first + step)
-            torch.amax(self.blocks[part], dim=-1, out=self.maxima[part])
+            # Copied there, not computed there: before macOS 15, what MPS computes into a part of a tensor is lost.
+            self.maxima[part] = self.blocks[part].amax(dim=-1)
             if any(needed[part]):
                 weights = self._weights(self.blocks[part], part, self.maxima[part].amax(dim=-1), scratch)
-                torch.sum(weights, dim=-1, out=self.sums[part])
+                self.sums[part] = weights.sum(dim=-1)
         self.peaks = self.maxima.amax(dim=-1)
 
     def _weights(
@@ -195,7 +205,9 @@ class _Batch:
         out.mul_(self.scale[index].view(shape)).exp2_()
         if self.rows.any_min_p and self.rows.min_p is not None:
             limit = self.rows.min_p[index].view(shape)
-            if not self.on_cpu or limit.any():
+            if not self.on_cpu:
+                out.masked_fill_(out < limit, 0)
+            elif limit.any():
                 out.mul_(torch.ge(out, limit, out=torch.empty_like(out)))  # a float mask: far faster than bool
         return out
 
@@ -235,7 +247,7 @@ class _Batch:
         # A token is kept while those before it do not reach top_p; 1 keeps all, whatever the sums round to.
         reached = (cumulative >= top_p * total) & (top_p < 1)
         settled = (top_k[:, 0] > 0) | reached[:, CANDIDATES - 1] | (weights[:, CANDIDATES - 1] == 0)
-        weights[:, 1:].masked_fill_(reached[:, :-1], 0)
+        weights.masked_fill_(torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], dim=1), 0)
         noise = self._noise(index, self.sampler.token_words.flatten()[ids])
         return ids.gather(1, (weights / noise).argmax(dim=-1, keepdim=True))[:, 0], settled
 
@@ -256,6 +268,18 @@ class _Batch:
             tokens,
             self.sampler.vocab_size,
         )
+
+    def _draw_nucleus_blindly(self, pending: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """``tokens``, those of pending rows replaced by what :meth:`_draw_nucleus` gives; the host looks at nothing."""
+        index, sums, pivots = self.everything, self.sums, None
+        targets = self.rows.top_p * sums.sum(dim=-1)
+        for attempt in range(BLIND_DRAWS):
+            pivots = self._draw(index, sums, attempt, pivots)
+            sums = self._sums_ahead(index, pivots)
+            rejected = pending & (sums.sum(dim=-1) >= targets)
+            tokens = pivots.where(pending & ~rejected, tokens)
+            pending = rejected
+        return self.greedy().where(pending, tokens)
 
     def _draw_nucleus(self, index: torch.Tensor) -> torch.Tensor:
         """By rejection, for rows whose top_p keeps many tokens."""
@@ -281,8 +305,12 @@ class _Batch:
         every = torch.arange(len(index), device=index.device)
         # Larger logits; in earlier blocks equal ones too, and those of the own block token by token.
         pivot = logits[every, block, tokens % BLOCK][:, None]
-        just_below = torch.nextafter(pivot, torch.full_like(pivot, float("-inf")))
         earlier = torch.arange(logits.shape[1], device=index.device) < block[:, None]
-        ahead = torch.gt(logits, just_below.where(earlier, pivot)[:, :, None], out=torch.empty_like(logits))
+        if self.on_cpu:
+            just_below = torch.nextafter(pivot, torch.full_like(pivot, float("-inf")))
+            ahead = torch.gt(logits, just_below.where(earlier, pivot)[:, :, None], out=torch.empty_like(logits))
+        else:
+            ties = (logits == pivot[:, :, None]) & earlier[:, :, None]
+            ahead = ((logits > pivot[:, :, None]) | ties).float()
         ahead[every, block] = self._ahead(logits[every, block], block, index, tokens).to(ahead.dtype)
         return ahead.mul_(self._weights(logits, index, self.peaks[index], out=logits)).sum(dim=-1)

@@ -60,6 +60,38 @@ def most_likely(
 
 def _preferred(values: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
     """Where the ``count`` largest of [rows, n] are, the lower id first among equals. (topk alone takes any.)"""
+    if values.device.type == "mps":
+        return _preferred_by_floats(values, ids.float(), count)
     bits = (values + 0.0).view(torch.int32)  # 0.0 rather than -0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers in the order of the floats
     return ((ordered.long() << 31) - ids).topk(count, dim=-1).indices
+
+
+def _preferred_by_floats(values: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """:func:`_preferred` of float32 ids, below 2^24, for a device whose topk cuts integers to 32 bits."""
+    lowest_first = -ids  # no two are equal, so that topk has no choice
+    least = values.topk(count, dim=-1).values[:, -1:]
+    above, equal = values > least, values == least
+    # Of those that equal the last one wanted, the lowest ids, as many as are still missing.
+    missing = count - above.sum(dim=-1, keepdim=True)
+    by_id = lowest_first.masked_fill(~equal, float("-inf")).topk(count, dim=-1).values
+    last = by_id.gather(1, (missing - 1).clamp(min=0))
+    chosen = above | (equal & (lowest_first >= last))
+    where = lowest_first.masked_fill(~chosen, float("-inf")).topk(count, dim=-1).indices  # lowest ids first
+    values = values.gather(1, where)
+    places = torch.cat([_places(part) for part in values.split(max(1, DEVICE_ELEMENTS // count**2))])
+    ordered = torch.zeros_like(where)  # places of NaN coincide
+    ordered[torch.arange(len(where), device=where.device)[:, None], places] = where
+    return ordered
+
+
+def _places(values: torch.Tensor) -> torch.Tensor:
+    """The place of each of [rows, n] in the order from the largest down, the earlier first among equals: int64."""
+    order = torch.arange(values.shape[1], device=values.device)
+    step = max(1, DEVICE_ELEMENTS // values.numel())
+    places = []
+    for mine, here in zip(values.split(step, dim=1), order.split(step), strict=True):
+        larger = values[:, None, :] > mine[:, :, None]
+        tied = (values[:, None, :] == mine[:, :, None]) & (order < here[:, None])
+        places.append((larger | tied).sum(dim=-1))
+    return torch.cat(places, dim=1)

@@ -1,51 +1,24 @@
 """How much memory there is, and how much of it the KV cache may take."""
 
 import os
+from pathlib import Path
 
 import psutil
 import torch
+
+from nanovllm.utils.cgroups import ROOT, memory_left
 
 # Of the CPU's available memory, the share the KV cache may take at most. Pages are taken only as blocks are used.
 CPU_SHARE = 0.4
 MPS_DEFAULT_BLOCKS = 1024
 MPS_SHARE = 0.5
-# Limit, usage, and statistics with the entry that counts page cache not used lately: control groups v2 and v1.
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-        "total_inactive_file",
-    ),
-)
 
 
-def available_cpu_memory() -> int:
+def available_cpu_memory(root: Path = ROOT) -> int:
     """Bytes this process can still take: the system's available memory, or less where a control group says so."""
     available = psutil.virtual_memory().available
-    for limit_file, usage_file, statistics_file, reclaimable in _CGROUP_FILES:
-        try:
-            free = int(_read(limit_file)) - int(_read(usage_file))
-        except (OSError, ValueError):  # no such control group, or no limit ("max")
-            continue
-        # A file that was read, such as a checkpoint, counts as usage until the kernel wants its pages back.
-        available = min(available, max(0, free + _statistic(statistics_file, reclaimable)))
-    return available
-
-
-def _statistic(path: str, name: str) -> int:
-    """An entry of a control group's statistics; 0 if there is none."""
-    try:
-        lines = [line.split() for line in _read(path).splitlines()]
-    except OSError:
-        return 0
-    return next((int(line[1]) for line in lines if len(line) == 2 and line[0] == name), 0)
-
-
-def _read(path: str) -> str:
-    with open(path) as file:
-        return file.read()
+    left = memory_left(root)
+    return available if left is None else min(available, left)
 
 
 def peak_cpu_memory() -> int:
@@ -80,9 +53,15 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on ``device`` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type == "mps":  # whose memory is the host's: what others use of it is gone, too
+        ours = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(0, min(ours, available_cpu_memory()))
     return available_cpu_memory()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no memory for a tensor. (MPS says so in words only, at least up to torch 2.6.)"""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
 def memory_summary(device: torch.device) -> str:

@@ -215,7 +215,7 @@ _PAUSE: tuple[str, list[int]] | None = {
 
 def _replay(arguments: Any) -> None:
     """Every thread of a team goes through all launches; none begins one before all have done the last."""
-    functions, lines, line_bytes, count, barrier, team_size, give_way = integers(arguments, 7)  # type: ignore[misc]
+    functions, lines, line_bytes, count, barrier, team_size, give_way = integers(arguments, 7)
     addresses: Any = as_int64(functions)
     threads = _call_for_int(team_size)  # perhaps fewer than were asked for
     target = 0
