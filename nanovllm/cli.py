@@ -56,11 +56,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output together")
     add("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")
+    add("--quantization", choices=["int8"], help="weights in eight bits, on the CPU")
     add("--seed", type=int, default=0, metavar="N", help="noise of requests without a seed of their own (default: 0)")
 
 
 def _model_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("model", "tokenizer", "device", "dtype", "max_model_len", "max_num_seqs", "seed")
+    names = ("model", "tokenizer", "device", "dtype", "quantization", "max_model_len", "max_num_seqs", "seed")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanovllm.utils.validation import check_bool, check_int, check_number, unknown_argument
 
+QUANTIZATIONS = (None, "int8")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -22,6 +23,7 @@ class EngineConfig:
         dtype: Of weights, activations and KV cache: auto (the checkpoint's; float16 for bfloat16 on MPS before macOS
             14), bfloat16, float16 or float32.
         device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu; a ``torch.device`` is kept by its name.
+        quantization: None, or int8: weights in eight bits, made of the checkpoint's when it is loaded (on the CPU).
         seed: The noise of requests that have no seed of their own derives from this.
         tensor_parallel_size: Ranks that share the model.
         max_model_len: Most tokens of a sequence, prompt and output together; by default the model's, at most 4096.
@@ -29,7 +31,7 @@ class EngineConfig:
         max_num_batched_tokens: Most tokens one step computes, prompt chunks and decode tokens together; on
             the CPU at most 512, which is faster there.
         gpu_memory_utilization: Share of a CUDA device's memory the engine may use.
-        enforce_eager: Never capture CUDA graphs.
+        enforce_eager: Never capture CUDA graphs, nor record steps on the CPU.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
         hf_overrides: Replaces entries of config.json, e.g. ``{"rope_parameters": {...}}``.
         attention_backend: auto, or the name of a backend in ``nanovllm.attention``.
@@ -46,6 +48,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    quantization: str | None = None
     seed: int = 0
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
@@ -67,6 +70,8 @@ class EngineConfig:
             keep(name, check_bool(name, getattr(self, name)))
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization is {self.quantization!r}, which is not supported; use None or 'int8'")
         device = str(self.device)  # torch.device writes itself like this, too
         if not re.fullmatch(r"auto|(cpu|mps)(:0)?|cuda(:[0-9]+)?", device):
             raise ValueError(f"device is {self.device!r}; use auto, cuda, cuda:N, mps or cpu")
@@ -140,7 +145,6 @@ _ELSEWHERE: dict[str, tuple[Any, ...] | str | None] = {
     "kv_cache_dtype": ("auto",),
     "load_format": ("auto", "safetensors"),
     "pipeline_parallel_size": (1,),
-    "quantization": (None,),
     "revision": (None,),
     "swap_space": None,
     "tokenizer_mode": ("auto",),

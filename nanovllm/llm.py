@@ -34,13 +34,14 @@ class LLM:
         skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
         dtype: auto (the checkpoint's), bfloat16, float16 or float32.
         device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu.
+        quantization: None, or int8: weights in eight bits, made of the checkpoint's when it is loaded (on the CPU).
         seed: The noise of requests without a seed of their own derives from this.
         tensor_parallel_size: Ranks that share the model.
         max_model_len: Most tokens of a sequence, prompt and output together; by default the model's, at most 4096.
         max_num_seqs: Most sequences resident at once.
         max_num_batched_tokens: Most tokens one step computes; on the CPU at most 512, which is faster there.
         gpu_memory_utilization: Share of a CUDA device's memory to use.
-        enforce_eager: Never capture CUDA graphs.
+        enforce_eager: Never capture CUDA graphs, nor record steps on the CPU.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
         hf_overrides: Replaces entries of config.json.
         attention_backend: auto, or a backend's name.
@@ -61,6 +62,7 @@ class LLM:
         skip_tokenizer_init: bool = False,
         dtype: str = "auto",
         device: str = "auto",
+        quantization: str | None = None,
         seed: int = 0,
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,
@@ -81,6 +83,7 @@ class LLM:
             skip_tokenizer_init=skip_tokenizer_init,
             dtype=dtype,
             device=device,
+            quantization=quantization,
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
             max_model_len=max_model_len,

@@ -315,6 +315,7 @@ class LLMEngine:
         return {
             "device": str(runner.device),
             "dtype": str(runner.dtype).removeprefix("torch."),
+            "quantization": self.config.quantization,
             "attention_backend": runner.attention.name,
             "num_threads": runner.num_threads(),
             "startup_seconds": counters.startup_seconds,

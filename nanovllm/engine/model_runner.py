@@ -21,7 +21,7 @@ from nanovllm.engine.recorded_steps import RecordedSteps
 from nanovllm.engine.step_handle import DeviceLogprobs, DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.layers.product import pack_weights
+from nanovllm.layers.product import Int8Weight, pack_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.sampler import Sampler, SamplingRows
 from nanovllm.models.registry import get_model_class
@@ -107,6 +107,8 @@ class ModelRunner:
             device=self.device,
             block_size=config.kvcache_block_size,
         )
+        if config.quantization == "int8" and (reason := Int8Weight.why_not(self.dtype, self.device)) is not None:
+            raise ValueError(f"quantization is 'int8', but {reason}")
         backend_class = select_backend(config.attention_backend, spec)
         self.block_size = config.kvcache_block_size or backend_class.default_block_size
         self.attention = backend_class(replace(spec, block_size=self.block_size))
@@ -131,7 +133,7 @@ class ModelRunner:
                 "another device)"
             ) from error
         self.model.eval()
-        pack_weights(self.model)
+        pack_weights(self.model, config.quantization)
         self.sampler = Sampler(model_config.vocab_size, self.device)
         logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
 

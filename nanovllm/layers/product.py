@@ -82,6 +82,26 @@ class TiledWeight(PackedWeight):
         return kernels.load("linear", weight.device, weight.dtype) is not None and has_fast_tiles()
 
 
+class Int8Weight(PackedWeight):
+    """A weight in eight bits, a scale an output (``nanovllm/kernels/cpu/linear_int8.py``)."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.kernel = import_module("nanovllm.kernels.cpu.linear_int8")
+        self.weight = self.kernel.quantize(weight.detach())
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.kernel.linear_int8(x, self.weight, bias, dtype)
+
+    @classmethod
+    def why_not(cls, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why weights of this dtype cannot be quantized on this device; None if they can."""
+        if device.type != "cpu":
+            return f"it is for the CPU, not for {device.type}"
+        if dtype not in kernels.CPU_DTYPES:
+            return f"it is not for {str(dtype).removeprefix('torch.')}; use dtype='bfloat16' or 'float32'"
+        return kernels.why_no_cpu_kernels()
+
+
 def has_fast_tiles() -> bool:
     """Whether our own products of bfloat16 are this CPU's fastest; the kernels must be there."""
     vectors = import_module("nanovllm.kernels.cpu.vectors")
@@ -110,12 +130,12 @@ class PackableProduct(nn.Module):
         self.weight = None  # a tied embedding keeps its own reference to the table
 
 
-def pack_weights(model: nn.Module) -> None:
-    """Pack the weights of a loaded model where this device, dtype and build of torch gain from it."""
+def pack_weights(model: nn.Module, quantization: str | None = None) -> None:
+    """Pack the weights of a loaded model, in eight bits if that is asked for, else where the CPU gains from it."""
     modules = [module for module in model.modules() if isinstance(module, PackableProduct)]
     weights = [module.weight for module in modules if module.weight is not None]
-    for packing in (TiledWeight, OneDnnWeight):
-        if all(packing.suits(weight) for weight in weights):
-            for module in modules:
-                module.pack(packing)
-            return
+    packings: list[type[PackedWeight]] = [Int8Weight] if quantization == "int8" else []
+    packings += [packing for packing in (TiledWeight, OneDnnWeight) if all(map(packing.suits, weights))]
+    if packings:
+        for module in modules:
+            module.pack(packings[0])

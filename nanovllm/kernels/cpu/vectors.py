@@ -204,8 +204,15 @@ def _add_bfloat16_products(builder: Any, total: Any, left: Any, right: Any) -> A
 
 def _add_int8_products(builder: Any, total: Any, left: Any, right: Any) -> Any:
     """Per 4-byte lane, add the products of four uint8 (left) with four int8 (right) to an int32."""
-    function = _function(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, _INTS, _INTS, _INTS)
-    return builder.call(function, [total, left, right])
+    if HAS_INT8_PRODUCTS:
+        function = _function(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, _INTS, _INTS, _INTS)
+        return builder.call(function, [total, left, right])
+    top = ir.Constant(_INTS, [24] * LANES)
+    for shift in (24, 16, 8, 0):  # each byte is moved to the top, and down again, which extends it by its sign or zeros
+        up = ir.Constant(_INTS, [shift] * LANES)
+        product = builder.mul(builder.lshr(builder.shl(left, up), top), builder.ashr(builder.shl(right, up), top))
+        total = builder.add(total, product)
+    return total
 
 
 def _tile_family(
