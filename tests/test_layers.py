@@ -524,7 +524,7 @@ class TestPackedWeights:
 
 
 def skip_unless(packing: type[PackedWeight], weight: torch.Tensor) -> None:
-    if not packing.suits(weight):  # type: ignore[attr-defined]
+    if not packing.suits(weight):
         pytest.skip("this processor or this torch has no such products")
 
 

@@ -14,7 +14,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.intake import Intake, default_sampling_params
 from nanovllm.engine.metrics import Counters, percentiles
-from nanovllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.placement import resolve_device
 from nanovllm.engine.prompts import Prompt
 from nanovllm.engine.request import LostRequest, Owner, PreparedRequest, Request
 from nanovllm.engine.scheduler import AdmissionPolicy, Scheduler
@@ -65,7 +66,7 @@ class LLMEngine:
             )
         # What can be refused quickly is refused before anything large is loaded.
         get_model_class(self.model_config.architecture)
-        resolve_dtype(config.dtype, self.model_config, resolve_device(config.device))
+        resolve_device(config.device)
         default_params = default_sampling_params(self.model_config)
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or config.model)
         self.runner = ModelRunner(config, self.model_config, self.max_model_len)

@@ -1,7 +1,6 @@
 """Runs plans: the model, its KV cache and the batch state of one rank."""
 
 import logging
-import os
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -17,6 +16,7 @@ from nanovllm.attention.cpu import CpuAttention
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput, SamplePlaces, StepInput
 from nanovllm.engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs, batch_sizes
+from nanovllm.engine.placement import resolve_device, resolve_dtype
 from nanovllm.engine.recorded_steps import RecordedSteps
 from nanovllm.engine.step_handle import DeviceLogprobs, DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
@@ -26,7 +26,7 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.sampler import Sampler, SamplingRows
 from nanovllm.models.registry import get_model_class
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.loader import checkpoint_dtype, load_weights
+from nanovllm.utils.loader import load_weights
 from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, is_out_of_memory, kv_budget, memory_summary
 from nanovllm.utils.model_config import ModelConfig
 from nanovllm.utils.threads import ThreadLimit
@@ -63,12 +63,6 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, model_config, self.device)
-        if self.dtype != resolve_dtype(config.dtype, model_config, torch.device("cpu")):
-            logger.warning(
-                "the checkpoint's dtype is bfloat16, which MPS has from macOS 14 on: %s is used, whose largest number "
-                "is 65,504 (dtype='float32' is safe, and takes twice the memory)",
-                self.dtype,
-            )
         # A stream of our own: steps run in order whichever thread launches them, in whatever context of the caller's.
         self._stream = _take_stream(self.device) if self.device.type == "cuda" else None
         self._threads = ThreadLimit() if self.device.type == "cpu" else None
@@ -448,55 +442,3 @@ def _take_stream(device: torch.device) -> torch.cuda.Stream:
         return _idle_streams[device].pop()
     except (KeyError, IndexError):
         return torch.cuda.Stream(device)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is CUDA, else MPS, else the CPU. ValueError if this machine lacks it."""
-    has_cuda = torch.cuda.is_available()
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    kind = name.split(":")[0]
-    if kind == "cuda" and not has_cuda:
-        raise ValueError(f"device is {name!r}, but {_why_no_cuda()}, or use device='cpu'")
-    if kind == "mps" and not has_mps:
-        raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds none here; use device='cpu'")
-    device = torch.device(name)
-    if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
-    if kind == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _why_no_cuda() -> str:
-    """Why torch finds no CUDA device, and what to do about it."""
-    if torch.version.cuda is None:
-        return (
-            f"torch {torch.__version__} was built without CUDA; install a build for CUDA (pytorch.org has the command "
-            "for this machine)"
-        )
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        f"torch {torch.__version__} sees no GPU; see that nvidia-smi lists one and that its driver is new enough for "
-        f"CUDA {torch.version.cuda}" + ("" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})")
-    )
-
-
-def resolve_dtype(name: str, model_config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The torch dtype for ``name`` on ``device``; "auto" is the checkpoint's, or float16 where that is bfloat16 and
-    the device has none. ValueError if it cannot be had.
-    """
-    lacks_bfloat16 = device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
-    if name == "auto":
-        name = model_config.dtype or checkpoint_dtype(model_config.path)
-        name = str(name).removeprefix("torch.")
-        if name not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"the checkpoint's dtype is {name!r}; pass dtype='bfloat16', 'float16' or 'float32'")
-        if name == "bfloat16" and lacks_bfloat16:
-            name = "float16"
-    elif name == "bfloat16" and lacks_bfloat16:
-        raise ValueError("dtype is 'bfloat16', which MPS has from macOS 14 on; pass 'float16' or 'float32'")
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype

@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -20,8 +21,16 @@ class PackedWeight(ABC):
     """A weight [outputs, inputs] in an order of its own; it takes the place of the plain one."""
 
     @abstractmethod
+    def __init__(self, weight: torch.Tensor) -> None: ...
+
+    @abstractmethod
     def product(self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """x W^T + bias: x [rows, inputs] -> [rows, outputs] in ``dtype``, x's own or float32."""
+
+    @classmethod
+    @abstractmethod
+    def suits(cls, weight: torch.Tensor) -> bool:
+        """Whether ``weight`` gains from it on this machine."""
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor | None:
         """Rows ``ids`` int64 [n] of the plain weight, [n, inputs]; None if they cannot be told any more."""
@@ -93,6 +102,10 @@ class Int8Weight(PackedWeight):
         return self.kernel.linear_int8(x, self.weight, bias, dtype)
 
     @classmethod
+    def suits(cls, weight: torch.Tensor) -> bool:
+        return cls.why_not(weight.dtype, weight.device) is None
+
+    @classmethod
     def why_not(cls, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why weights of this dtype cannot be quantized on this device; None if they can."""
         if device.type != "cpu":
@@ -106,6 +119,13 @@ def has_fast_tiles() -> bool:
     """Whether our own products of bfloat16 are this CPU's fastest; the kernels must be there."""
     vectors = import_module("nanovllm.kernels.cpu.vectors")
     return vectors.HAS_BF16_PRODUCTS and not vectors.HAS_AMX
+
+
+@cache
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies by bfloat16 weights faster than by float32 ones, which are twice as much to read."""
+    weight = torch.zeros(16, 16, dtype=torch.bfloat16, device="cpu")
+    return TiledWeight.suits(weight) or OneDnnWeight.suits(weight)
 
 
 class PackableProduct(nn.Module):
@@ -126,7 +146,7 @@ class PackableProduct(nn.Module):
     def pack(self, packing: type[PackedWeight]) -> None:
         """Replace the weight by its packed form."""
         assert self.weight is not None
-        self.packed = packing(self.weight)  # type: ignore[call-arg]
+        self.packed = packing(self.weight)
         self.weight = None  # a tied embedding keeps its own reference to the table
 
 
