@@ -26,7 +26,7 @@ from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
-from nanovllm.kernels.cpu.vectors import Address, as_int64, fetch_add, of_bits
+from nanovllm.kernels.cpu.vectors import TARGET, Address, as_int64, fetch_add, of_bits
 from nanovllm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _compile(function: Callable[[Any], None], fast_math: set[str]) -> int:
             before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, directory
             try:
                 compiled = cfunc(signature, cache=True, fastmath=fast_math, error_model="numpy")(function)
-            except (OSError, RuntimeError) as error:  # a full disk, a directory that vanished, ...
+            except Exception as error:  # a full disk, a directory that vanished, a file that is none, ...
                 logger.info("%s is compiled without the cache: %s", function.__name__, error)
             else:
                 _keep_alive.append(compiled)
@@ -176,7 +176,7 @@ def cache_directory() -> str | None:
         probe = directory / f".{os.getpid()}-{threading.get_ident()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # it cannot be written to; there is no home directory
         logger.info("compiled kernels are not kept: %s", error)
         return None
     return str(directory)
@@ -191,7 +191,7 @@ def _user_cache() -> str:
 
 
 def _fingerprint() -> str:
-    digest = hashlib.sha256(f"{__version__} {numba.__version__} {platform.python_version()}".encode())
+    digest = hashlib.sha256(f"{__version__} {numba.__version__} {platform.python_version()} {TARGET}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -87,6 +87,7 @@ def product_kernel(is_int8: bool) -> Kernel:
                 row += count
             task = following
 
+    linear.__qualname__ += "_int8" if is_int8 else "_bfloat16"  # a file each in the cache
     return Kernel(linear)
 
 
