@@ -39,7 +39,8 @@ class CpuAttention(AttentionBackend):
         self.fused_store = kernels.load("qk_norm_rope_store", spec.device, spec.dtype)
         paged_attention.attention_kernel(spec.dtype == torch.bfloat16)  # compiled now, lest the first step wait for it
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # a layer's keys and values
-        self.overflow = torch.zeros(1, dtype=torch.int32)  # set by the kernel that stores a value which is not finite
+        # Set by the kernel that stores a value which is not finite.
+        self.overflow = torch.zeros(1, dtype=torch.int32, device="cpu")
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
@@ -152,7 +153,7 @@ class StaticDecode(AttentionStep):
 
     def __init__(self, backend: CpuAttention, max_rows: int) -> None:
         self.backend = backend
-        self.slot_mapping = torch.zeros(max_rows, dtype=torch.int64)
+        self.slot_mapping = torch.zeros(max_rows, dtype=torch.int64, device="cpu")
         self.block_tables: torch.Tensor | None = None
         lines = LINES_A_ROW * max_rows
         self.items, self.workspace = backend.kernels.Items.room_for(lines), backend.workspace(lines)

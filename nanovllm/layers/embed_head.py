@@ -80,7 +80,7 @@ class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[m
         super().pack(packing)
         assert self.packed is not None
         for embedding in self.tied_to:
-            if self.packed.rows(torch.zeros(1, dtype=torch.int64)) is not None:
+            if self.packed.rows(torch.zeros(1, dtype=torch.int64, device="cpu")) is not None:
                 embedding.weight, embedding.packed = None, self.packed
 
     def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

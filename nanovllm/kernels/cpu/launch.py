@@ -129,7 +129,7 @@ recorder_of_thread = _Recorders()
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor for what a kernel writes."""
     recorder = recorder_of_thread.current
-    return torch.empty(shape, dtype=dtype) if recorder is None else recorder.new(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu") if recorder is None else recorder.new(shape, dtype)
 
 
 def as_integer(value: float) -> int:

@@ -38,8 +38,9 @@ def quantize(weight: torch.Tensor) -> QuantizedWeight:
     """Bring a weight [outputs, inputs] of any floating dtype to eight bits, the largest of each output to 127."""
     outputs, inputs = weight.shape
     depth, padded = -(-inputs // _GROUP), -(-outputs // COLUMNS) * COLUMNS
-    scales, sums = torch.ones(padded), torch.zeros(padded, dtype=torch.int32)
-    integers_of_weight = torch.zeros(outputs, depth * _GROUP, dtype=torch.int8)
+    scales = torch.ones(padded, dtype=torch.float32, device="cpu")
+    sums = torch.zeros(padded, dtype=torch.int32, device="cpu")
+    integers_of_weight = torch.zeros(outputs, depth * _GROUP, dtype=torch.int8, device="cpu")
     for first in range(0, outputs, _ROWS_AT_A_TIME):  # without a float32 copy of it all
         rows = weight[first : first + _ROWS_AT_A_TIME].float()
         largest = rows.abs().amax(dim=1)
@@ -61,10 +62,12 @@ def _quantize_rows(arguments: Any) -> None:
     task = next_task(arguments)
     while task < num_tasks(arguments):
         source, target = x + task * stride * width, as_uint8(out + task * padded)
-        largest = types.float32(0)
+        largest = not_finite = types.float32(0)
         for i in range(size):
-            largest = max(largest, abs(read(source, i, is_half)))
-        scale = largest / types.float32(127)
+            value = read(source, i, is_half)
+            largest = max(largest, abs(value))
+            not_finite += value - value  # NaN if one is, or infinite
+        scale = largest / types.float32(127) + not_finite
         as_float32(scales)[task] = scale
         inverse = types.float32(1) / scale if largest > types.float32(0) else types.float32(0)
         for i in range(size):

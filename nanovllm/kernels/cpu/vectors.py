@@ -120,9 +120,21 @@ def widen(bits: Any) -> Any:
     return of_bits(types.int32(bits) << types.int32(16))
 
 
+@intrinsic
+def _narrow(typing_context, value):  # type: ignore[no-untyped-def]
+    """:func:`narrow` by the processor's own instruction."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.fptrunc(arguments[0], _BFloat()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
 @njit(inline="always")
 def narrow(value: Any) -> Any:
     """The bits (uint16) of the bfloat16 nearest to a float32, the even one of two; a NaN stays one."""
+    if HAS_BF16_PRODUCTS:
+        return _narrow(value)
     bits = bits_of(value)
     rounded = (bits + types.int32(0x7FFF) + ((bits >> types.int32(16)) & types.int32(1))) >> types.int32(16)
     return types.uint16(rounded if value == value else types.int32(0x7FC0))
@@ -163,6 +175,38 @@ def exp2(x: Any) -> Any:
     y = y * part + types.float32(6.9314718e-1)
     y = y * part + types.float32(1.0)
     return y * of_bits((whole + types.int32(127)) << types.int32(23))
+
+
+@njit(inline="always")
+def rough_exp2(x: Any) -> Any:
+    """2^x of a float32 that is at most 0, to one part in 20,000: for what is rounded to bfloat16. 0 below -126."""
+    clamped = max(x, types.float32(-127.0))
+    whole = types.int32(clamped - types.float32(0.5))
+    part = clamped - types.float32(whole)
+    y = types.float32(9.6181291e-3)
+    y = y * part + types.float32(5.5504109e-2)
+    y = y * part + types.float32(2.4022651e-1)
+    y = y * part + types.float32(6.9314718e-1)
+    y = y * part + types.float32(1.0)
+    return y * of_bits((whole + types.int32(127)) << types.int32(23))
+
+
+@njit(inline="always")
+def largest(address: Any, count: Any) -> Any:
+    """The largest of ``count`` float32 at an address; NaN if one is NaN.
+
+    Compared as integers, which order floats once the bits of negative ones are turned: LLVM makes no vector code of a
+    maximum of floats that may be NaN.
+    """
+    bits = as_int32(address)
+    best, magnitude = types.int32(-0x7FFFFFFF), types.int32(0)
+    for i in range(count):
+        word = bits[i]
+        magnitude = max(magnitude, word & types.int32(0x7FFFFFFF))
+        best = max(best, word ^ ((word >> types.int32(31)) & types.int32(0x7FFFFFFF)))
+    if magnitude > types.int32(0x7F800000):
+        return of_bits(types.int32(0x7FC00000))
+    return of_bits(best ^ ((best >> types.int32(31)) & types.int32(0x7FFFFFFF)))
 
 
 def _at(builder: Any, address: Any, pointee: Any) -> Any:
