@@ -480,15 +480,19 @@ def test_an_llm_that_is_let_go_gives_its_memory_back_at_once(tiny_checkpoint: Pa
     generate(llm, [make_prompt(5)])
     runner = llm.engine.runner
     cache = runner.attention.kv_cache()
+    tensors = [cache] if isinstance(cache, torch.Tensor) else [tensor for layer in cache for tensor in layer]
     size = llm.get_metrics()["kvcache_bytes"]
     assert size > 150 * 2**20
-    refs = [weakref.ref(item) for item in (llm.engine, runner, cache, runner.batch_state, *runner.model.parameters())]
+    refs = [
+        weakref.ref(item) for item in (llm.engine, runner, *tensors, runner.batch_state, *runner.model.parameters())
+    ]
     gc.collect()
     gc.disable()  # the garbage collector must not be needed
     try:
-        cache.fill_(1)
+        for tensor in tensors:
+            tensor.fill_(1)
         before = resident().rss
-        del runner, cache
+        del runner, cache, tensor, tensors
         if ending == "del":
             del llm
         elif ending == "close":

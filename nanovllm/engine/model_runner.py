@@ -320,7 +320,7 @@ class ModelRunner:
         if self._stream is not None:
             with suppress(RuntimeError):  # a device that has failed cannot be waited for
                 self._stream.synchronize()
-        self.graphs = None
+        self.graphs = self.recorded = None
         if self.device.type == "mps":
             settle_mps()
         del self.model, self.attention, self.batch_state, self.sampler
