@@ -89,9 +89,9 @@ class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[m
         With ``out`` [rows, vocab_size], they are written there in its dtype, without a float32 copy.
         """
         if out is not None:
-            if self.parallel.size > 1 or self.weight is None:
+            if self.parallel.size > 1:
                 return out.copy_(self.parallel.all_gather(self.product(hidden))[:, : self.vocab_size])
-            return torch.mm(hidden, self.weight.t(), out=out)
+            return self.product(hidden, dtype=out.dtype, out=out)
         logits = self.parallel.all_gather(self.product(hidden, dtype=torch.float32))
         # Padding, if there is any, is the end of the last shares that hold rows, hence the end of the whole.
         return logits[:, : self.vocab_size]

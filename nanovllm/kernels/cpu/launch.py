@@ -77,15 +77,27 @@ def thread_number(arguments: Any) -> Any:
     return fetch_add(arguments + _THREAD_COUNTER, 1)
 
 
+class Stream(NamedTuple):
+    """Memory that tasks read: task i ``piece_bytes`` from ``address + i * piece_bytes`` on."""
+
+    address: int
+    piece_bytes: int
+    num_pieces: int
+
+
 class Kernel:
     """A compiled kernel; calling it runs ``tasks`` tasks on torch's threads and returns when all are done.
 
     Args:
         function: Of one int64, the address of the arguments.
+        stream: Where the memory is that its tasks go through, told by its arguments; None if that is not worth knowing.
     """
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
+    def __init__(
+        self, function: Callable[[Any], None], stream: Callable[[tuple[int, ...]], "Stream"] | None = None
+    ) -> None:
         self.name = function.__name__
+        self.stream = stream
         self.address = _compile(function)
 
     def __call__(self, tasks: int, *arguments: int) -> None:

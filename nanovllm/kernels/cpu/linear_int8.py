@@ -100,7 +100,11 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linear_int8(
-    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + bias, x in eight bits too.
 
@@ -109,10 +113,11 @@ def linear_int8(
         weight: W [outputs, inputs].
         bias: [outputs], of the result's dtype.
         dtype: Of the result: bfloat16 or float32.
+        out: Where it goes, contiguous; new memory by default.
 
     Returns:
         [rows, outputs].
     """
-    quantized, scales = quantize_rows(x)
-    kernel = product_kernel(True)
-    return multiply(kernel, quantized, scales, weight.packed, weight.scales, weight.sums, weight.outputs, bias, dtype)
+    quantized, x_scales = quantize_rows(x)
+    packed, scales, sums, outputs = weight
+    return multiply(product_kernel(True), quantized, x_scales, packed, scales, sums, outputs, bias, dtype, out)
