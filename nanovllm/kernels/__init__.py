@@ -33,6 +33,7 @@ GROUPS = {"batch_state": ("decode_inputs", "decode_outputs")}  # a name for seve
 
 # Kernels there are for the CPU, and the dtypes they are for. (Attention: the backend ``cpu``.)
 CPU_KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "linear", "block_sums")
+CPU_ONLY = ("linear", "block_sums")
 CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -97,7 +98,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> C
     """
     if not is_enabled(name):
         return None
-    if device.type == "cuda" and why_no_triton(device) is None:
+    if device.type == "cuda" and name not in CPU_ONLY and why_no_triton(device) is None:
         return getattr(import_module(f"nanovllm.kernels.{name}"), name)
     if device.type == "cpu" and name in CPU_KERNELS and dtype in CPU_DTYPES and why_no_cpu_kernels() is None:
         return getattr(import_module(f"nanovllm.kernels.cpu.{name}"), name)

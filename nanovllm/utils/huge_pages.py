@@ -18,10 +18,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or size < _HUGE:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(advice)
-    except OSError:  # a kernel without them
+    except OSError:  # a kernel without them; no memory, of which torch's own error is known
         return torch.empty(shape, dtype=dtype, device="cpu")
     whole = torch.frombuffer(memory, dtype=torch.uint8)  # holds the mapping, which goes when the tensor does
     start = -whole.data_ptr() % _HUGE

@@ -91,14 +91,18 @@ class Kernel:
     Args:
         function: Of one int64, the address of the arguments.
         stream: Where the memory is that its tasks go through, told by its arguments; None if that is not worth knowing.
+        reorders: Whether sums and products may be taken in any order, without which there is no vector code of sums.
     """
 
     def __init__(
-        self, function: Callable[[Any], None], stream: Callable[[tuple[int, ...]], "Stream"] | None = None
+        self,
+        function: Callable[[Any], None],
+        stream: Callable[[tuple[int, ...]], "Stream"] | None = None,
+        reorders: bool = True,
     ) -> None:
         self.name = function.__name__
         self.stream = stream
-        self.address = _compile(function)
+        self.address = _compile(function, {*_FAST_MATH, "reassoc"} if reorders else _FAST_MATH)
 
     def __call__(self, tasks: int, *arguments: int) -> None:
         """Run, or note in a recording.
@@ -149,7 +153,7 @@ def as_integer(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
-def _compile(function: Callable[[Any], None]) -> int:
+def _compile(function: Callable[[Any], None], fast_math: set[str]) -> int:
     """Machine code of a kernel, from the cache if it is there; returns its address."""
     signature = types.void(Address)
     directory = cache_directory()
@@ -159,7 +163,7 @@ def _compile(function: Callable[[Any], None]) -> int:
         with _numba_settings:
             before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, directory
             try:
-                compiled = cfunc(signature, cache=True, fastmath=_FAST_MATH, error_model="numpy")(function)
+                compiled = cfunc(signature, cache=True, fastmath=fast_math, error_model="numpy")(function)
             except (OSError, RuntimeError) as error:  # a full disk, a directory that vanished, ...
                 logger.info("%s is compiled without the cache: %s", function.__name__, error)
             else:
@@ -167,14 +171,14 @@ def _compile(function: Callable[[Any], None]) -> int:
                 return compiled.address
             finally:
                 numba.config.CACHE_DIR = before
-    compiled = cfunc(signature, fastmath=_FAST_MATH, error_model="numpy")(function)
+    compiled = cfunc(signature, fastmath=fast_math, error_model="numpy")(function)
     _keep_alive.append(compiled)
     return compiled.address
 
 
 _keep_alive: list[Any] = []
-# Sums may be taken in any order and products fused; infinities and NaN keep their meaning.
-_FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
+# Products may be fused with sums. (Not "arcp": the processor's reciprocals, refined, make NaN of 1 / infinity.)
+_FAST_MATH = {"contract", "nsz"}
 
 
 @cache

@@ -8,21 +8,24 @@ stays in registers, so :func:`tile` and its kin write LLVM's instructions themse
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 LANES = 16  # 4-byte elements a vector: one AVX-512 register, two of AVX2, four of NEON
 VECTOR_BYTES = 4 * LANES
 COLUMNS = 2 * LANES  # of a tile: two vectors, so that each element of the left factor is used twice once it is loaded
 
-_features = llvm.get_host_cpu_features()
-HAS_AVX512 = bool(_features.get("avx512f"))
-HAS_BF16_PRODUCTS = bool(_features.get("avx512bf16"))
-HAS_AMX = bool(_features.get("amx-bf16"))
-HAS_INT8_PRODUCTS = bool(_features.get("avx512vnni"))
+# What numba compiles for: a kind of machine, a processor and its features, such as "+avx2,-avx512f". They are this
+# machine's, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name others.
+TARGET: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
+_features = set(TARGET[2].split(","))
+HAS_AVX512 = "+avx512f" in _features
+HAS_BF16_PRODUCTS = "+avx512bf16" in _features
+HAS_AMX = "+amx-bf16" in _features
+HAS_INT8_PRODUCTS = "+avx512vnni" in _features
 
 # Most rows of a tile: 12 x 2 accumulators leave eight of AVX-512's 32 registers for the factors. With AVX2 or NEON a
 # vector is several of fewer or smaller registers.
@@ -71,10 +74,13 @@ as_uint8 = _pointer_reader(types.uint8)
 
 @intrinsic
 def fetch_add(typing_context, address, value):  # type: ignore[no-untyped-def]
-    """Add to the int64 at an address in one indivisible step; returns what it was before."""
+    """Add to the int64 at an address in one indivisible step; returns what it was before.
+
+    What a thread wrote before is seen by those that find its addition there: they may be waiting for it.
+    """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.atomic_rmw("add", _at(builder, arguments[0], _I64), arguments[1], "monotonic")
+        return builder.atomic_rmw("add", _at(builder, arguments[0], _I64), arguments[1], "acq_rel")
 
     return types.int64(Address, types.int64), generate
 
@@ -163,8 +169,8 @@ def write(address: Any, index: Any, is_half: Any, value: Any) -> None:
 
 @njit(inline="always")
 def exp2(x: Any) -> Any:
-    """2^x of a float32, to two units in the last place; 0 below -126."""
-    clamped = min(max(x, types.float32(-127.0)), types.float32(127.0))
+    """2^x of a float32, to three units in the last place; 0 below -126.5, infinite from 127.5 on."""
+    clamped = min(max(x, types.float32(-127.0)), types.float32(128.0))
     whole = types.int32(clamped + types.float32(127.5)) - types.int32(127)  # nearest: the sum is never negative
     part = clamped - types.float32(whole)
     y = types.float32(1.5403530e-4)  # Taylor's series of 2^part, |part| <= 1/2
