@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS, AttentionSpec
@@ -279,4 +280,4 @@ def test_half_precision_checkpoint_keeps_its_dtype_unless_told(tmp_path: Path, o
     for asked, used in (("auto", "bfloat16"), ("float32", "float32")):
         with make_llm(tmp_path, dtype=asked) as llm:
             assert llm.get_metrics()["dtype"] == used
-            assert llm.engine.runner.attention.kv_cache().dtype == getattr(torch, used)
+            assert tree_leaves(llm.engine.runner.attention.kv_cache())[0].dtype == getattr(torch, used)

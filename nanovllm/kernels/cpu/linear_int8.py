@@ -12,7 +12,7 @@ from numba import types
 
 from nanovllm.kernels.cpu.launch import Kernel, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.linear import multiply, pack_words, product_kernel
-from nanovllm.kernels.cpu.vectors import COLUMNS, as_float32, as_uint8, read
+from nanovllm.kernels.cpu.vectors import COLUMNS, as_float32, as_uint8, bits_of, of_bits, read
 
 OFFSET = 128
 _GROUP = 4  # inputs in a word of 4 bytes
@@ -62,12 +62,11 @@ def _quantize_rows(arguments: Any) -> None:
     task = next_task(arguments)
     while task < num_tasks(arguments):
         source, target = x + task * stride * width, as_uint8(out + task * padded)
-        largest = not_finite = types.float32(0)
+        magnitude = types.int32(0)  # as bits, whose order is that of the numbers, infinity and NaN last
         for i in range(size):
-            value = read(source, i, is_half)
-            largest = max(largest, abs(value))
-            not_finite += value - value  # NaN if one is, or infinite
-        scale = largest / types.float32(127) + not_finite
+            magnitude = max(magnitude, bits_of(read(source, i, is_half)) & types.int32(0x7FFFFFFF))
+        largest = of_bits(magnitude)
+        scale = largest / types.float32(127)
         as_float32(scales)[task] = scale
         inverse = types.float32(1) / scale if largest > types.float32(0) else types.float32(0)
         for i in range(size):

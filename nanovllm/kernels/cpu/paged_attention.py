@@ -31,6 +31,7 @@ from nanovllm.kernels.cpu.vectors import (
     bfloat16_scores,
     exp2,
     float32_scores,
+    is_finite,
     largest,
     rough_exp2,
     write,
@@ -179,7 +180,7 @@ def _weigh(tiles: Any, row: Any, visible: Any, padded: Any, columns: Any, scale:
         total += weight
         write(weights, i, is_half, weight)
     shrink = exp2(peaks[row] - peak)
-    sums[row] = sums[row] * shrink + total + (peak - peak)  # NaN if the peak is, or infinite
+    sums[row] = sums[row] * shrink + total if is_finite(peak) else types.float32(np.nan)
     peaks[row] = peak
     if shrink != types.float32(1):
         for d in range(columns):

@@ -198,6 +198,12 @@ def rough_exp2(x: Any) -> Any:
 
 
 @njit(inline="always")
+def is_finite(value: Any) -> Any:
+    """Whether a float32 is neither infinite nor a NaN, whatever the compiler may assume of sums."""
+    return (bits_of(value) & types.int32(0x7F800000)) != types.int32(0x7F800000)
+
+
+@njit(inline="always")
 def largest(address: Any, count: Any) -> Any:
     """The largest of ``count`` float32 at an address; NaN if one is NaN.
 
