@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.prompts",
         "engine.metrics",
         "engine.model_runner",
+        "engine.placement",
         "engine.step_handle",
         "engine.request",
         "engine.tokenizer",
@@ -66,6 +67,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.model_runner": {
         "engine.batch_state",
         "engine.cuda_graphs",
+        "engine.placement",
+        "engine.recorded_steps",
         "engine.step_handle",
         "engine.step_plan",
         "config",
@@ -73,6 +76,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *MODEL,
         *PLAIN,
     },
+    "engine.placement": {"layers", *UTILS},
+    "engine.recorded_steps": MODEL,
     "engine.step_handle": {"engine.step_plan", *MODEL},
     "engine.logit_rules": {"engine.step_plan", *PLAIN},
     "engine.cuda_graphs": {"engine.batch_state", "engine.step_plan", "config", *MODEL},
@@ -88,8 +93,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "utils": {"version"},
     "version": set(),
 }
-# Imported where they are used, so that the package needs neither.
-OPTIONAL = {"triton": {"kernels"}, "flash_attn": set()}
+# Imported where they are used, so that the package needs none of them.
+OPTIONAL = {"triton": {"kernels"}, "numba": {"kernels"}, "llvmlite": {"kernels"}, "flash_attn": set()}
 
 
 def module_name(path: Path) -> str:

@@ -5,7 +5,9 @@ step that does anything else than launch our kernels (a dtype or a layer they ar
 """
 
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 MAX_ROWS = 128
 
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionStep], torch.Tensor]
+
+_recording = threading.Lock()  # torch's dispatch modes are not for several threads at once
 
 
 class RecordedSteps:
@@ -42,10 +46,11 @@ class RecordedSteps:
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        self.threads = torch.get_num_threads()
+        self.recordings: dict[int, tuple[Any, torch.Tensor]] = {}  # by rows, and where they leave the hidden states
+        self.threads = 0  # so that it is done again if it is interrupted
         self.step = self.attention.static_decode(self.max_rows)
         self.pool = self.recording.Pool()
-        self.recordings: dict[int, tuple[Any, torch.Tensor]] = {}  # by rows, and where they leave the hidden states
+        self.threads = torch.get_num_threads()
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
@@ -71,16 +76,25 @@ class RecordedSteps:
         self.token_ids[:rows], self.positions[:rows] = token_ids, positions
         if rows not in self.recordings:
             try:
-                with self.recording.recorded(self.pool) as recorder:
-                    hidden = self.forward_model(self.token_ids[:rows], self.positions[:rows], self.step)
+                # In a thread of its own, where no Ctrl-C arrives: a thread that is interrupted on its way out of a
+                # recording would go on noting launches instead of running them.
+                with ThreadPoolExecutor(1) as apart:
+                    self.recordings[rows] = apart.submit(self._record, rows).result()
             except self.recording.NotRecordableError as reason:
                 logger.info("decode steps are launched one operation at a time: %s", reason)
                 self.is_possible = False
                 return None
-            self.recordings[rows] = self.recording.Recording(recorder.launches), hidden
         recording, hidden = self.recordings[rows]
         kernels, spec = self.attention.kernels, self.attention.spec
         recording.set_tasks(kernels.attention_kernel(spec.dtype == torch.bfloat16), sizes[0] * spec.num_kv_heads)
         recording.set_tasks(kernels.combine_kernel, sizes[1] * spec.num_heads)
         recording.replay()
         return hidden
+
+    @torch.inference_mode()
+    def _record(self, rows: int) -> tuple[Any, torch.Tensor]:
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        with _recording, self.recording.recorded(self.pool) as recorder:
+            hidden = self.forward_model(self.token_ids[:rows], self.positions[:rows], self.step)
+        return self.recording.Recording(recorder.launches), hidden

@@ -15,7 +15,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -263,7 +263,18 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _fork_python_threads(kernel: int, arguments: int, threads: int) -> None:
-    futures = [_pool().submit(_call, kernel, arguments) for _ in range(threads - 1)]
-    _call(kernel, arguments)
+    futures: list[Future[None]] = []
+    interrupt: BaseException | None = None
+    try:
+        futures.extend(_pool().submit(_call, kernel, arguments) for _ in range(threads - 1))
+        _call(kernel, arguments)
+    finally:
+        while not all(future.done() for future in futures):
+            try:
+                wait(futures)
+            except KeyboardInterrupt as error:  # not now: threads at work would be left without their memory
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
     for future in futures:
         future.result()

@@ -109,8 +109,8 @@ def recorded(pool: "Pool") -> Iterator["Recorder"]:
         NotRecordableError: Out of it, if a torch operator computes something.
     """
     recorder = Recorder(pool)
-    launch.recorder_of_thread.current = recorder
     try:
+        launch.recorder_of_thread.current = recorder
         with _OnlyViews():
             yield recorder
     finally:
