@@ -106,7 +106,8 @@ def test_each_kernel_can_be_switched_off(name: str, dtype: str, monkeypatch: pyt
         tokens, first = generate(llm)
         recorded = llm.engine.runner.recorded
         assert (recorded is None) == (name == "graphs")
-        assert recorded is None or not recorded.recordings, "a step that is not all kernels cannot be recorded"
+        if recorded is not None:  # unless the model is all kernels, which the sampler is no part of
+            assert bool(recorded.recordings) == (name == "block_sums" and dtype == "bfloat16")
     assert first == pytest.approx(expected[dtype][1], abs=0.05 if dtype == "bfloat16" else 1e-4)
     if dtype == "float32":
         assert tokens == expected[dtype][0]

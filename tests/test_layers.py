@@ -153,7 +153,7 @@ class TestRMSNorm:
         assert torch.equal(x, kept_x)
         assert torch.equal(residual, kept_residual)
         assert torch.equal(total, kept_x + kept_residual)
-        assert torch.equal(normed, norm(total))
+        torch.testing.assert_close(normed, norm(total))  # by a kernel, whose sums are in another order
         assert torch.equal(total, kept_x + kept_residual)
 
     def test_the_stream_starts_with_the_input(self) -> None:
@@ -163,7 +163,7 @@ class TestRMSNorm:
         kept = x.clone()
         normed, total = norm.add(x, None)
         assert torch.equal(total, kept)
-        assert torch.equal(normed, norm(kept))
+        torch.testing.assert_close(normed, norm(kept))
         normed.zero_()
         assert torch.equal(total, kept)
 

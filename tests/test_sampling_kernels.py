@@ -302,7 +302,7 @@ class TestThroughTheSampler:
             return torch.empty(len(logits), dtype=torch.int64, device=logits.device)
 
         fakes = {"sample": fake_sample, "nucleus": lambda *arguments: None}
-        monkeypatch.setattr(sampler_module.kernels, "load", lambda name, device: fakes[name] if with_kernels else None)
+        monkeypatch.setattr(sampler_module.kernels, "load", lambda name, *_: fakes.get(name) if with_kernels else None)
         rows = make_rows(request_keys(2), torch.arange(2), **parameters)
         for field in ("temperature", "top_k", "top_p", "keys", "positions", "min_p"):
             setattr(rows, field, getattr(rows, field).to("meta"))

@@ -3,6 +3,7 @@
     python tools/eval_demo_model.py                    # through nanovllm, 500 questions a task
     python tools/eval_demo_model.py --engine hf        # the same questions through transformers
     python tools/eval_demo_model.py --json result.json
+    python tools/eval_demo_model.py --quantization int8     # and how far its distributions are from float32's
 
 An answer counts only if it equals the reference exactly. The questions come from `demo_tasks.py`; none of
 their contents was used for training. The two prompts of example.py, which were, are shown apart.
@@ -97,8 +98,10 @@ def hf_generator(model: Any, tokenizer: Any, max_tokens: int = MAX_TOKENS, batch
     return generate
 
 
-def load_hf(path: Path, dtype: str, device: str) -> tuple[Generate, Any]:
+def load_hf(path: Path, dtype: str, device: str, quantization: str | None) -> tuple[Generate, Any]:
     """The checkpoint in transformers."""
+    if quantization is not None:
+        raise SystemExit("--quantization is nanovllm's")
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,11 +113,11 @@ def load_hf(path: Path, dtype: str, device: str) -> tuple[Generate, Any]:
     return hf_generator(model, tokenizer), tokenizer
 
 
-def load_nanovllm(path: Path, dtype: str, device: str) -> tuple[Generate, Any]:
+def load_nanovllm(path: Path, dtype: str, device: str, quantization: str | None) -> tuple[Generate, Any]:
     """The checkpoint in nanovllm."""
     from nanovllm import LLM, SamplingParams
 
-    llm = LLM(str(path), dtype=dtype, device=device)
+    llm = LLM(str(path), dtype=dtype, device=device, quantization=quantization)
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
 
     def generate(prompts: list[list[int]]) -> list[str]:
@@ -122,6 +125,38 @@ def load_nanovllm(path: Path, dtype: str, device: str) -> tuple[Generate, Any]:
         return [output.outputs[0].text for output in outputs]
 
     return generate, llm.get_tokenizer()
+
+
+def divergence(path: Path, dtype: str, quantization: str | None, examples: Sequence[Example]) -> dict[str, float]:
+    """How far the next-token distributions over the reference answers are from those of float32.
+
+    Returns:
+        The mean Kullback-Leibler divergence in nats, the largest one, and the share of positions with the same most
+        likely token.
+    """
+    from nanovllm import LLM, SamplingParams
+
+    distributions: list[torch.Tensor] = []
+    for settings in ({"dtype": "float32"}, {"dtype": dtype, "quantization": quantization}):
+        with LLM(str(path), device="cpu", enable_prefix_caching=False, **settings) as llm:  # type: ignore[arg-type]
+            tokenizer = llm.get_tokenizer()
+            texts = [
+                encode_prompt(tokenizer, example, False) + tokenizer.encode(example.answer, add_special_tokens=False)
+                for example in examples
+            ]
+            params = SamplingParams(max_tokens=1, prompt_logprobs=-1)
+            outputs = llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
+            rows = [
+                [position[token].logprob for token in sorted(position)]
+                for output in outputs
+                for position in (output.prompt_logprobs or [])[1:]
+                if position is not None
+            ]
+            distributions.append(torch.tensor(rows, dtype=torch.float64))
+    exact, other = distributions
+    nats = (exact.exp() * (exact - other)).sum(dim=-1)
+    same = (exact.argmax(dim=-1) == other.argmax(dim=-1)).double().mean()
+    return {"mean_kl_nats": float(nats.mean()), "largest_kl_nats": float(nats.max()), "same_most_likely": float(same)}
 
 
 def ask_example_prompts(generate: Generate, tokenizer: Any) -> list[dict[str, Any]]:
@@ -165,6 +200,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=["nanovllm", "hf"], default="nanovllm")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16 or auto")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantization", choices=["int8"], help="weights in eight bits (nanovllm, on the CPU)")
     parser.add_argument(
         "--questions", type=int, default=500, metavar="N", help="held-out questions a task (default 500)"
     )
@@ -174,7 +210,7 @@ def main() -> None:
     args = parser.parse_args()
 
     load = load_hf if args.engine == "hf" else load_nanovllm
-    generate, tokenizer = load(args.model, args.dtype, args.device)
+    generate, tokenizer = load(args.model, args.dtype, args.device, args.quantization)
     examples = [example for task in args.tasks for example in held_out_examples(task, args.questions)]
     started = time.perf_counter()
     scores = [s for thinking in (False, True) for s in score(generate, tokenizer, examples, thinking)]
@@ -185,6 +221,11 @@ def main() -> None:
     for result in prompts:
         mode = "on" if result["thinking"] else "off"
         print(f"{result['prompt']!r}, thinking {mode}: {'right' if result['right'] else 'WRONG'}")
+    distance = None
+    if args.engine == "nanovllm" and (args.dtype != "float32" or args.quantization):
+        some = [example for task in args.tasks for example in held_out_examples(task, 10)]
+        distance = divergence(args.model, args.dtype, args.quantization, some)
+        print("distributions beside float32's: " + ", ".join(f"{key} {value:.2g}" for key, value in distance.items()))
     print(f"{args.engine}, {args.dtype} on {args.device}: {2 * len(examples)} questions in {seconds:.1f} s")
     for s in scores:
         for mistake in s.mistakes[: args.show_mistakes]:
@@ -196,6 +237,8 @@ def main() -> None:
             "engine": args.engine,
             "dtype": args.dtype,
             "device": args.device,
+            "quantization": args.quantization,
+            "divergence_from_float32": distance,
             "questions_per_task": args.questions,
             "seconds": round(seconds, 1),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

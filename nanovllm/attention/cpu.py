@@ -4,6 +4,7 @@
 lays out a step's work for it.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ class CpuAttention(AttentionBackend):
         self.fused_store = kernels.load("qk_norm_rope_store", spec.device, spec.dtype)
         paged_attention.attention_kernel(spec.dtype == torch.bfloat16)  # compiled now, lest the first step wait for it
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # a layer's keys and values
-        self.overflow = torch.zeros(1, dtype=torch.int32)  # set by the kernel that stores a value which is not finite
+        # Set by the kernel that stores a value which is not finite.
+        self.overflow = torch.zeros(1, dtype=torch.int32, device="cpu")
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
@@ -104,24 +106,45 @@ class CpuAttention(AttentionBackend):
         return self.cache
 
 
-class CpuStep(AttentionStep):
-    """One step of the ``cpu`` backend."""
+class _CpuStep(AttentionStep):
+    """What steps have in common.
 
-    def __init__(self, backend: CpuAttention, metadata: AttentionMetadata) -> None:
-        metadata.block_tables = metadata.block_tables.to(torch.int32).contiguous()
-        self.backend, self.metadata = backend, metadata
-        self.slot_mapping, self.block_tables = metadata.slot_mapping, metadata.block_tables
-        self.is_decode = max(metadata.query_lengths) == 1
-        self.items = backend.lay_out(metadata)
-        self.workspace = backend.workspace(len(self.items.tokens) if len(self.items.parts) else 0)
-        self._is_careful = False
-        backend.overflow.zero_()
+    Args:
+        backend: Whose step it is; its cache is allocated.
+        slot_mapping: [at least tokens], int64.
+    """
+
+    items: Any
+    workspace: Any
+    block_tables: torch.Tensor
+
+    def __init__(self, backend: CpuAttention, slot_mapping: torch.Tensor) -> None:
+        self.backend, self.slot_mapping = backend, slot_mapping
 
     def fused_store(self, layer: int) -> FusedStore | None:
         kernel = self.backend.fused_store
         if kernel is None:
             return None
         return FusedStore(kernel, (*self.backend.layer(layer), self.slot_mapping, self.backend.overflow))
+
+    def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        keys, values = self.backend.layer(layer)
+        scale = self.backend.scale
+        return self.backend.kernels.paged_attention(
+            q, keys, values, self.block_tables, self.items, self.workspace, scale
+        )
+
+
+class CpuStep(_CpuStep):
+    """One step of the ``cpu`` backend."""
+
+    def __init__(self, backend: CpuAttention, metadata: AttentionMetadata) -> None:
+        super().__init__(backend, metadata.slot_mapping)
+        self.block_tables = metadata.block_tables.to(torch.int32).contiguous()
+        self.metadata = replace(metadata, block_tables=self.block_tables)
+        self.is_decode = max(metadata.query_lengths) == 1
+        self._lay_out(careful=False)
+        backend.overflow.zero_()
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.backend.layout.store(*self.backend.layer(layer), self.slot_mapping, k, v)
@@ -130,19 +153,18 @@ class CpuStep(AttentionStep):
         return self.attend_cached(layer, packed_heads(q).contiguous())
 
     def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        if not self.is_decode and not self._is_careful and int(self.backend.overflow):
+        if not self.is_decode and not self.is_careful and int(self.backend.overflow):
             # A weight of 0 times a value that is not finite is NaN: no query may come near one that it does not see.
-            self._is_careful = True
-            self.items = self.backend.lay_out(self.metadata, careful=True)
-            self.workspace = self.backend.workspace(len(self.items.tokens))
-        keys, values = self.backend.layer(layer)
-        scale = self.backend.scale
-        return self.backend.kernels.paged_attention(
-            q, keys, values, self.block_tables, self.items, self.workspace, scale
-        )
+            self._lay_out(careful=True)
+        return super().attend_cached(layer, q)
+
+    def _lay_out(self, careful: bool) -> None:
+        self.is_careful = careful
+        self.items = self.backend.lay_out(self.metadata, careful)
+        self.workspace = self.backend.workspace(len(self.items.tokens) if len(self.items.parts) else 0)
 
 
-class StaticDecode(AttentionStep):
+class StaticDecode(_CpuStep):
     """A step of one token a row, for a recording: each replay finds there what :meth:`update` has put there.
 
     Args:
@@ -151,9 +173,7 @@ class StaticDecode(AttentionStep):
     """
 
     def __init__(self, backend: CpuAttention, max_rows: int) -> None:
-        self.backend = backend
-        self.slot_mapping = torch.zeros(max_rows, dtype=torch.int64)
-        self.block_tables: torch.Tensor | None = None
+        super().__init__(backend, torch.zeros(max_rows, dtype=torch.int64, device="cpu"))
         lines = LINES_A_ROW * max_rows
         self.items, self.workspace = backend.kernels.Items.room_for(lines), backend.workspace(lines)
 
@@ -166,19 +186,7 @@ class StaticDecode(AttentionStep):
         self.block_tables = metadata.block_tables
         return len(items.fields), len(items.split_tokens)
 
-    def fused_store(self, layer: int) -> FusedStore | None:
-        kernel = self.backend.fused_store
-        if kernel is None:
-            return None
-        return FusedStore(kernel, (*self.backend.layer(layer), self.slot_mapping, self.backend.overflow))
-
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("a recorded step writes keys and values by a kernel")
+        from nanovllm.kernels.cpu.recording import NotRecordableError
 
-    def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        assert self.block_tables is not None
-        keys, values = self.backend.layer(layer)
-        scale = self.backend.scale
-        return self.backend.kernels.paged_attention(
-            q, keys, values, self.block_tables, self.items, self.workspace, scale
-        )
+        raise NotRecordableError("torch's operators write the keys and values")

@@ -64,6 +64,8 @@ def lay_out(rows: Rows, geometry: Geometry, careful: bool = False) -> Items:
         geometry: See there.
         careful: Whether each query is to go alone, so that none comes near a value that it does not see.
     """
+    if _is_plain_decode(rows, geometry):
+        return _one_item_a_row(rows)
     block_size = geometry.block_size
     queries_an_item = 1 if careful else TILE_ROWS // (geometry.num_heads // geometry.num_kv_heads)
     first_tokens = np.cumsum(rows.queries) - rows.queries
@@ -83,6 +85,29 @@ def lay_out(rows: Rows, geometry: Geometry, careful: bool = False) -> Items:
         for some, seen in zip(_cut(tokens, queries_an_item), _cut(limits, queries_an_item), strict=True):
             pieces.append(_Piece(some, seen, line, start, int(seen[-1])))
     return _as_items(_split_keys(pieces, geometry))
+
+
+def _is_plain_decode(rows: Rows, geometry: Geometry) -> bool:
+    """Whether there is one query a row, no two rows begin with the same block, and there are tasks for all threads."""
+    count = len(rows.queries)
+    if rows.queries.max() > 1 or _cuts(count, geometry) > 1:
+        return False
+    return len(set(rows.tables[rows.lines, 0].tolist())) == count
+
+
+def _one_item_a_row(rows: Rows) -> Items:
+    """The items of a plain decode step, which is most of them: no lists, no sorting."""
+    count = len(rows.queries)
+    fields = np.zeros((count, 6), dtype=np.int64)
+    fields[:, 0] = tokens = np.arange(count, dtype=np.int32)
+    fields[:, 1], fields[:, 2], fields[:, 4] = 1, rows.lines, rows.contexts
+    none = np.zeros(0, dtype=np.int32)
+    return Items(fields, tokens, rows.contexts.astype(np.int32), none, np.zeros(1, dtype=np.int32), none)
+
+
+def _cuts(pieces: int, geometry: Geometry) -> int:
+    """Into how many parts keys are cut, lest some threads have nothing to do."""
+    return math.ceil(TASKS_A_THREAD * geometry.threads / (pieces * geometry.num_kv_heads))
 
 
 def _shared_blocks(rows: Rows, block_size: int) -> Iterator[tuple[list[int], int, int]]:
@@ -114,7 +139,7 @@ def _shared_blocks(rows: Rows, block_size: int) -> Iterator[tuple[list[int], int
 
 def _split_keys(pieces: list[_Piece], geometry: Geometry) -> list[_Piece]:
     """Cut long stretches of keys where there is too little work to go round."""
-    cuts = math.ceil(TASKS_A_THREAD * geometry.threads / (len(pieces) * geometry.num_kv_heads))
+    cuts = _cuts(len(pieces), geometry)
     if cuts == 1:
         return pieces
     result = []

@@ -40,8 +40,8 @@ class RecordedSteps:
         self.recording = recording
         self.forward_model, self.attention = forward, attention
         self.max_rows = min(MAX_ROWS, num_slots)
-        self.token_ids = torch.zeros(self.max_rows, dtype=torch.int64)
-        self.positions = torch.zeros(self.max_rows, dtype=torch.int64)
+        self.token_ids = torch.zeros(self.max_rows, dtype=torch.int64, device="cpu")
+        self.positions = torch.zeros(self.max_rows, dtype=torch.int64, device="cpu")
         self.is_possible = True
         self._start_afresh()
 

@@ -21,7 +21,6 @@ DISABLE_VARIABLE = "NANOVLLM_DISABLE"
 FEATURES = (
     "rms_norm",
     "silu_and_mul",
-    "linear",
     "qk_norm_rope_store",
     "decode_inputs",
     "decode_outputs",
@@ -32,19 +31,19 @@ FEATURES = (
 )
 GROUPS = {"batch_state": ("decode_inputs", "decode_outputs")}  # a name for several
 
-
 # Kernels there are for the CPU, and the dtypes they are for. (Attention: the backend ``cpu``.)
-CPU_KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "linear")
-CPU_ONLY = ("linear",)
+CPU_KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "linear", "block_sums")
+CPU_ONLY = ("linear", "block_sums")
 CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def is_enabled(feature: str) -> bool:
     """Whether the environment does not switch ``feature`` off; ValueError if it names one that there is not."""
     disabled = os.environ.get(DISABLE_VARIABLE, "").replace(",", " ").split()
+    known = dict.fromkeys((*FEATURES, *CPU_KERNELS, *GROUPS))
     for name in disabled:
-        if name not in FEATURES and name not in GROUPS:
-            raise ValueError(f"{DISABLE_VARIABLE} names {name!r}; it may name {', '.join((*FEATURES, *GROUPS))}")
+        if name not in known:
+            raise ValueError(f"{DISABLE_VARIABLE} names {name!r}; it may name {', '.join(known)}")
     return not any(feature in GROUPS.get(name, (name,)) for name in disabled)
 
 

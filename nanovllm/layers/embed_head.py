@@ -80,7 +80,7 @@ class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[m
         super().pack(packing)
         assert self.packed is not None
         for embedding in self.tied_to:
-            if self.packed.rows(torch.zeros(1, dtype=torch.int64)) is not None:
+            if self.packed.rows(torch.zeros(1, dtype=torch.int64, device="cpu")) is not None:
                 embedding.weight, embedding.packed = None, self.packed
 
     def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -89,9 +89,9 @@ class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[m
         With ``out`` [rows, vocab_size], they are written there in its dtype, without a float32 copy.
         """
         if out is not None:
-            if self.parallel.size > 1 or self.weight is None:
+            if self.parallel.size > 1:
                 return out.copy_(self.parallel.all_gather(self.product(hidden))[:, : self.vocab_size])
-            return torch.mm(hidden, self.weight.t(), out=out)
+            return self.product(hidden, dtype=out.dtype, out=out)
         logits = self.parallel.all_gather(self.product(hidden, dtype=torch.float32))
         # Padding, if there is any, is the end of the last shares that hold rows, hence the end of the whole.
         return logits[:, : self.vocab_size]

@@ -24,8 +24,10 @@ class PackedWeight(ABC):
     def __init__(self, weight: torch.Tensor) -> None: ...
 
     @abstractmethod
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """x W^T + bias: x [rows, inputs] -> [rows, outputs] in ``dtype``, x's own or float32."""
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x W^T + bias: x [rows, inputs] -> [rows, outputs] in ``dtype``, x's own or float32, in ``out`` if given."""
 
     @classmethod
     @abstractmethod
@@ -47,8 +49,11 @@ class OneDnnWeight(PackedWeight):
     def __init__(self, weight: torch.Tensor) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TYPICAL_ROWS)
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "").to(dtype)
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        result = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        return result.to(dtype) if out is None else out.copy_(result)
 
     @classmethod
     def suits(cls, weight: torch.Tensor) -> bool:
@@ -77,8 +82,10 @@ class TiledWeight(PackedWeight):
         self.outputs = weight.shape[0]
         self.packed = self.kernel.pack(weight.detach())
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.kernel.linear(x, self.packed, self.outputs, bias, dtype)
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.kernel.linear(x, self.packed, self.outputs, bias, dtype, out)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return self.kernel.unpack_rows(self.packed, ids)
@@ -98,8 +105,10 @@ class Int8Weight(PackedWeight):
         self.kernel = import_module("nanovllm.kernels.cpu.linear_int8")
         self.weight = self.kernel.quantize(weight.detach())
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.kernel.linear_int8(x, self.weight, bias, dtype)
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.kernel.linear_int8(x, self.weight, bias, dtype, out)
 
     @classmethod
     def suits(cls, weight: torch.Tensor) -> bool:
@@ -135,13 +144,20 @@ class PackableProduct(nn.Module):
     packed: PackedWeight | None = None
 
     def product(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x W^T + bias: x [rows, inputs] -> [rows, outputs] in ``dtype``, x's own unless it is float32."""
+        """x W^T + bias: x [rows, inputs] -> [rows, outputs] in ``dtype``, x's own or float32, in ``out`` if given."""
         if self.packed is not None:
-            return self.packed.product(x, bias, dtype or x.dtype)
+            return self.packed.product(x, bias, dtype or x.dtype, out)
         assert self.weight is not None
-        return F.linear(x, self.weight, bias).to(dtype or x.dtype)
+        if out is not None and bias is None and out.dtype == x.dtype:
+            return torch.mm(x, self.weight.t(), out=out)
+        result = F.linear(x, self.weight, bias)
+        return result.to(dtype or x.dtype) if out is None else out.copy_(result)
 
     def pack(self, packing: type[PackedWeight]) -> None:
         """Replace the weight by its packed form."""

@@ -84,6 +84,7 @@ class Sampler(nn.Module):
         super().__init__()
         self.sample_kernel = kernels.load("sample", device) if use_kernels else None
         self.nucleus_kernel = kernels.load("nucleus", device) if use_kernels else None
+        self.block_sums_kernel = kernels.load("block_sums", device, torch.float32) if use_kernels else None
         num_blocks = -(-vocab_size // BLOCK)
         self.vocab_size = vocab_size
         self.block_words = block_words(num_blocks, device)
@@ -175,9 +176,13 @@ class _Batch:
     def _measure(self) -> None:
         """One walk over the logits: maxima and sums of weights of all blocks, [rows, blocks]; maxima of rows."""
         rows, count = self.rows, len(self.blocks)
-        needed = [not rows.all_greedy] * count
-        if self.on_cpu and not rows.all_greedy:  # neither do rows with a top_k need the sums
-            needed = ((rows.temperature > 0) & (self.top_k == 0)).tolist()
+        wanted = (rows.temperature > 0) & (self.top_k == 0)  # rows with a top_k do not need the sums
+        if self.on_cpu and self.sampler.block_sums_kernel is not None:
+            min_p = rows.min_p if rows.any_min_p else None
+            self.maxima, self.sums = self.sampler.block_sums_kernel(self.blocks, self.scale, min_p, wanted)
+            self.peaks = self.maxima.amax(dim=-1)
+            return
+        needed = wanted.tolist() if self.on_cpu else [not rows.all_greedy] * count
         self.maxima = self.blocks.new_empty(self.blocks.shape[:2])
         self.sums = torch.zeros_like(self.maxima)
         step = rows_at_a_time(self.blocks)

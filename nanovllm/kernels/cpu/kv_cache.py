@@ -80,19 +80,23 @@ def store_key(block: Any, offset: Any, block_size: Any, key: Any, head_dim: Any,
 def store_value(block: Any, offset: Any, columns: Any, value: Any, head_dim: Any, is_half: Any) -> Any:
     """Write a value, of the cache's dtype at the address ``value``, to a head's block of values.
 
+    The other value of a pair of bfloat16 is read and written again, so nobody else may write it at the same time.
+
     Returns:
         Whether it is finite. (Beside a weight of 0, what is not makes NaN of a sum.)
     """
     largest = types.int32(0)
     if is_half:
-        halves, half_target = as_uint16(value), as_uint16(block)
-        start = (offset // 2 * columns) * 2 + offset % 2
+        halves, target = as_uint16(value), as_int32(block + offset // 2 * columns * 4)
+        shift = types.int32(16 * (offset % 2))
+        kept = types.int32(-1) ^ (types.int32(0xFFFF) << shift)
         for d in range(head_dim):
-            half_target[start + 2 * d] = halves[d]
-            largest = max(largest, types.int32(halves[d] & types.uint16(0x7F80)))
+            half = types.int32(halves[d])
+            target[d] = (target[d] & kept) | (half << shift)
+            largest = max(largest, half & types.int32(0x7F80))
         return largest != types.int32(0x7F80)
-    words, target = as_int32(value), as_int32(block)
+    words, whole = as_int32(value), as_int32(block + offset * columns * 4)
     for d in range(head_dim):
-        target[offset * columns + d] = words[d]
+        whole[d] = words[d]
         largest = max(largest, words[d] & types.int32(0x7F800000))
     return largest != types.int32(0x7F800000)

@@ -77,16 +77,31 @@ def thread_number(arguments: Any) -> Any:
     return fetch_add(arguments + _THREAD_COUNTER, 1)
 
 
+class Stream(NamedTuple):
+    """Memory that tasks read: task i ``piece_bytes`` from ``address + i * piece_bytes`` on."""
+
+    address: int
+    piece_bytes: int
+    num_pieces: int
+
+
 class Kernel:
     """A compiled kernel; calling it runs ``tasks`` tasks on torch's threads and returns when all are done.
 
     Args:
         function: Of one int64, the address of the arguments.
+        stream: Where the memory is that its tasks go through, told by its arguments; None if that is not worth knowing.
         reorders: Whether sums and products may be taken in any order, without which there is no vector code of sums.
     """
 
-    def __init__(self, function: Callable[[Any], None], reorders: bool = True) -> None:
+    def __init__(
+        self,
+        function: Callable[[Any], None],
+        stream: Callable[[tuple[int, ...]], "Stream"] | None = None,
+        reorders: bool = True,
+    ) -> None:
         self.name = function.__name__
+        self.stream = stream
         self.address = _compile(function, {*_FAST_MATH, "reassoc"} if reorders else _FAST_MATH)
 
     def __call__(self, tasks: int, *arguments: int) -> None:
@@ -130,7 +145,7 @@ recorder_of_thread = _Recorders()
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor for what a kernel writes."""
     recorder = recorder_of_thread.current
-    return torch.empty(shape, dtype=dtype) if recorder is None else recorder.new(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu") if recorder is None else recorder.new(shape, dtype)
 
 
 def as_integer(value: float) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from numba import njit, types
 
-from nanovllm.kernels.cpu.launch import Kernel, integers, new, next_task, num_tasks
+from nanovllm.kernels.cpu.launch import Kernel, Stream, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.vectors import (
     COLUMNS,
     MAX_ROWS,
@@ -27,9 +27,13 @@ from nanovllm.kernels.cpu.vectors import (
 from nanovllm.utils import huge_pages
 
 PANEL_ROW_BYTES = 2 * VECTOR_BYTES  # of packed weights: a pair of inputs for each column of a tile
-TILE_FLOATS = MAX_ROWS * COLUMNS
-# Bytes of rows of x that a run of tasks goes through before the next: they are to stay in a core's second cache.
+# Most words of 4 bytes of a row that are gone through at a time: 12 rows of them are 72 KiB, a panel's 192 KiB.
+MAX_DEPTH = 1536
+# Rows of x that a run of tasks goes through before the next, at most, and their bytes in a stretch: they are to stay in
+# a core's second cache.
+BLOCK_ROWS = 252
 BLOCK_BYTES = 512 * 1024
+BLOCK_FLOATS = BLOCK_ROWS * COLUMNS
 
 
 @cache
@@ -56,39 +60,52 @@ def product_kernel(is_int8: bool) -> Kernel:
         x_row = 4 * depth
         b_row = c_row = PANEL_ROW_BYTES
         panel_bytes = depth * b_row
-        memory = scratch(TILE_FLOATS)
+        # A long row of x is gone through in stretches, so that what is used again stays in the caches.
+        stretches = (depth + MAX_DEPTH - 1) // MAX_DEPTH
+        sums = scratch(BLOCK_FLOATS)
         task = next_task(arguments)
         while task < num_tasks(arguments):
             following = next_task(arguments)  # known now, so that its weights can be asked for while these are used
-            panel = task % panels
-            row, end = task // panels * block_rows, min(rows, (task // panels + 1) * block_rows)
-            b = weight + panel * panel_bytes
-            ahead = weight + min(following, num_tasks(arguments) - 1) % panels * panel_bytes
+            panel, first = task % panels, task // panels * block_rows
+            end = min(rows, first + block_rows)
+            here = weight + panel * panel_bytes
+            next_panel = weight + min(following, num_tasks(arguments) - 1) % panels * panel_bytes
             column = panel * COLUMNS
-            tiles = (end - row + MAX_ROWS - 1) // MAX_ROWS
-            for tile in range(tiles):
-                count = (end - row + tiles - tile - 1) // (tiles - tile)
-                a, part = x + row * x_row, ahead + tile * (panel_bytes // 2)
-                if is_int8:
-                    if tiles == 1:
-                        int8_tile_of_one(count, a, x_row, b, b_row, VECTOR_BYTES, depth, memory, c_row, ahead, 0)
+            tiles = (end - first + MAX_ROWS - 1) // MAX_ROWS
+            for stretch in range(stretches):
+                begin = depth * stretch // stretches
+                length = depth * (stretch + 1) // stretches - begin
+                b, row = here + begin * b_row, first
+                ahead = b + length * b_row if stretch + 1 < stretches else next_panel
+                for tile in range(tiles):
+                    count = (end - row + tiles - tile - 1) // (tiles - tile)
+                    a, c = x + row * x_row + 4 * begin, sums + (row - first) * c_row
+                    part = ahead + tile * (length // 2 * b_row)
+                    if stretch == 0:
+                        for i in range(count * COLUMNS):
+                            as_int32(c)[i] = types.int32(0)  # the bits of a float's 0, too
+                    if is_int8:
+                        if tiles == 1:
+                            int8_tile_of_one(count, a, x_row, b, b_row, VECTOR_BYTES, length, c, c_row, ahead, 0)
+                        elif tile < 2:
+                            int8_tile_of_two(count, a, x_row, b, b_row, VECTOR_BYTES, length, c, c_row, part, 0)
+                        else:
+                            int8_tile_of_more(count, a, x_row, b, b_row, VECTOR_BYTES, length, c, c_row, b, 0)
+                    elif tiles == 1:
+                        bfloat16_tile_of_one(count, a, x_row, b, b_row, VECTOR_BYTES, length, c, c_row, ahead, 0)
                     elif tile < 2:
-                        int8_tile_of_two(count, a, x_row, b, b_row, VECTOR_BYTES, depth, memory, c_row, part, 0)
+                        bfloat16_tile_of_two(count, a, x_row, b, b_row, VECTOR_BYTES, length, c, c_row, part, 0)
                     else:
-                        int8_tile_of_more(count, a, x_row, b, b_row, VECTOR_BYTES, depth, memory, c_row, b, 0)
-                    _scale(memory, count, x_scales + 4 * row, weight_scales + 4 * column, weight_sums + 4 * column)
-                elif tiles == 1:
-                    bfloat16_tile_of_one(count, a, x_row, b, b_row, VECTOR_BYTES, depth, memory, c_row, ahead, 0)
-                elif tile < 2:
-                    bfloat16_tile_of_two(count, a, x_row, b, b_row, VECTOR_BYTES, depth, memory, c_row, part, 0)
-                else:
-                    bfloat16_tile_of_more(count, a, x_row, b, b_row, VECTOR_BYTES, depth, memory, c_row, b, 0)
-                _give(memory, count, bias, out, row, column, outputs, is_half)
-                row += count
+                        bfloat16_tile_of_more(count, a, x_row, b, b_row, VECTOR_BYTES, length, c, c_row, b, 0)
+                    if stretch + 1 == stretches:
+                        if is_int8:
+                            _scale(c, count, x_scales + 4 * row, weight_scales + 4 * column, weight_sums + 4 * column)
+                        _give(c, count, bias, out, row, column, outputs, is_half)
+                    row += count
             task = following
 
     linear.__qualname__ += "_int8" if is_int8 else "_bfloat16"  # a file each in the cache
-    return Kernel(linear)
+    return Kernel(linear, lambda arguments: Stream(arguments[2], arguments[8] * PANEL_ROW_BYTES, arguments[11]))
 
 
 @njit(inline="always")
@@ -172,6 +189,7 @@ def linear(
     outputs: int,
     bias: torch.Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + bias.
 
@@ -181,11 +199,12 @@ def linear(
         outputs: Its rows.
         bias: [outputs], of the result's dtype.
         dtype: Of the result: bfloat16 or float32.
+        out: Where it goes, contiguous; new memory by default.
 
     Returns:
         [rows, outputs].
     """
-    return multiply(product_kernel(False), x.contiguous(), None, packed, None, None, outputs, bias, dtype)
+    return multiply(product_kernel(False), x.contiguous(), None, packed, None, None, outputs, bias, dtype, out)
 
 
 def multiply(
@@ -198,12 +217,15 @@ def multiply(
     outputs: int,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launch a kernel of :func:`product_kernel`: see there. Returns [rows, outputs] in ``dtype``."""
+    """Launch a kernel of :func:`product_kernel`: see there. Returns [rows, outputs] in ``dtype``, in ``out`` if any."""
     rows, row_bytes = x.shape[0], x.shape[1] * x.element_size()
-    out = new((rows, outputs), dtype)
+    if out is None:
+        out = new((rows, outputs), dtype)
     panels = packed.shape[0]
-    block_rows = max(MAX_ROWS, min(rows, BLOCK_BYTES // row_bytes // MAX_ROWS * MAX_ROWS))
+    block_rows = BLOCK_BYTES // min(row_bytes, 4 * MAX_DEPTH) // MAX_ROWS * MAX_ROWS
+    block_rows = min(BLOCK_ROWS // MAX_ROWS * MAX_ROWS, max(MAX_ROWS, block_rows))
 
     def address(tensor: torch.Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()

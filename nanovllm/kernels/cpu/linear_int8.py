@@ -12,7 +12,7 @@ from numba import types
 
 from nanovllm.kernels.cpu.launch import Kernel, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.linear import multiply, pack_words, product_kernel
-from nanovllm.kernels.cpu.vectors import COLUMNS, as_float32, as_uint8, read
+from nanovllm.kernels.cpu.vectors import COLUMNS, as_float32, as_uint8, bits_of, of_bits, read
 
 OFFSET = 128
 _GROUP = 4  # inputs in a word of 4 bytes
@@ -38,8 +38,9 @@ def quantize(weight: torch.Tensor) -> QuantizedWeight:
     """Bring a weight [outputs, inputs] of any floating dtype to eight bits, the largest of each output to 127."""
     outputs, inputs = weight.shape
     depth, padded = -(-inputs // _GROUP), -(-outputs // COLUMNS) * COLUMNS
-    scales, sums = torch.ones(padded), torch.zeros(padded, dtype=torch.int32)
-    integers_of_weight = torch.zeros(outputs, depth * _GROUP, dtype=torch.int8)
+    scales = torch.ones(padded, dtype=torch.float32, device="cpu")
+    sums = torch.zeros(padded, dtype=torch.int32, device="cpu")
+    integers_of_weight = torch.zeros(outputs, depth * _GROUP, dtype=torch.int8, device="cpu")
     for first in range(0, outputs, _ROWS_AT_A_TIME):  # without a float32 copy of it all
         rows = weight[first : first + _ROWS_AT_A_TIME].float()
         largest = rows.abs().amax(dim=1)
@@ -61,9 +62,10 @@ def _quantize_rows(arguments: Any) -> None:
     task = next_task(arguments)
     while task < num_tasks(arguments):
         source, target = x + task * stride * width, as_uint8(out + task * padded)
-        largest = types.float32(0)
+        magnitude = types.int32(0)  # as bits, whose order is that of the numbers, infinity and NaN last
         for i in range(size):
-            largest = max(largest, abs(read(source, i, is_half)))
+            magnitude = max(magnitude, bits_of(read(source, i, is_half)) & types.int32(0x7FFFFFFF))
+        largest = of_bits(magnitude)
         scale = largest / types.float32(127)
         as_float32(scales)[task] = scale
         inverse = types.float32(1) / scale if largest > types.float32(0) else types.float32(0)
@@ -97,7 +99,11 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linear_int8(
-    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + bias, x in eight bits too.
 
@@ -106,10 +112,11 @@ def linear_int8(
         weight: W [outputs, inputs].
         bias: [outputs], of the result's dtype.
         dtype: Of the result: bfloat16 or float32.
+        out: Where it goes, contiguous; new memory by default.
 
     Returns:
         [rows, outputs].
     """
-    quantized, scales = quantize_rows(x)
-    kernel = product_kernel(True)
-    return multiply(kernel, quantized, scales, weight.packed, weight.scales, weight.sums, weight.outputs, bias, dtype)
+    quantized, x_scales = quantize_rows(x)
+    packed, scales, sums, outputs = weight
+    return multiply(product_kernel(True), quantized, x_scales, packed, scales, sums, outputs, bias, dtype, out)

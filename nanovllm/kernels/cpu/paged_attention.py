@@ -32,7 +32,9 @@ from nanovllm.kernels.cpu.vectors import (
     bfloat16_scores,
     exp2,
     float32_scores,
-    of_bits,
+    is_finite,
+    largest,
+    rough_exp2,
     write,
 )
 
@@ -97,9 +99,9 @@ class Workspace:
         columns = value_columns(head_dim)
         # By thread: tiles of queries, scores, weights and results, a vector of values, two numbers a row.
         floats = TILE_ROWS * (head_dim + 2 * CHUNK + columns + 2) + columns * LANES
-        self.tiles = torch.empty(threads, -(-floats // LANES) * LANES, dtype=torch.float32)
-        self.partial_sums = torch.empty(lines, heads, 2, dtype=torch.float32)
-        self.partial_outs = torch.empty(lines, heads, head_dim, dtype=torch.float32)
+        self.tiles = torch.empty(threads, -(-floats // LANES) * LANES, dtype=torch.float32, device="cpu")
+        self.partial_sums = torch.empty(lines, heads, 2, dtype=torch.float32, device="cpu")
+        self.partial_outs = torch.empty(lines, heads, head_dim, dtype=torch.float32, device="cpu")
 
 
 class _Cache(NamedTuple):
@@ -169,38 +171,21 @@ def _weigh(tiles: Any, row: Any, visible: Any, padded: Any, columns: Any, scale:
         write(weights, i, is_half, types.float32(0))
     if visible <= 0:
         return
-    peak = _largest(tiles.scores + row * CHUNK * 4, visible) * scale
+    peak = largest(tiles.scores + row * CHUNK * 4, visible) * scale
     if peaks[row] > peak:
         peak = peaks[row]
     total = types.float32(0)
     for i in range(visible):
-        weight = exp2(scores[i] * scale - peak)
+        relative = scores[i] * scale - peak
+        weight = rough_exp2(relative) if is_half else exp2(relative)
         total += weight
         write(weights, i, is_half, weight)
     shrink = exp2(peaks[row] - peak)
-    sums[row] = sums[row] * shrink + total + (peak - peak)  # NaN if the peak is, or infinite
+    sums[row] = sums[row] * shrink + total if is_finite(peak) else types.float32(np.nan)
     peaks[row] = peak
     if shrink != types.float32(1):
         for d in range(columns):
             totals[d] *= shrink
-
-
-@njit(inline="always")
-def _largest(scores: Any, count: Any) -> Any:
-    """The largest of ``count`` float32 at an address; NaN if one is NaN.
-
-    Compared as integers, which order floats once the bits of negative ones are turned: LLVM makes no vector code of a
-    maximum of floats that may be NaN.
-    """
-    bits = as_int32(scores)
-    largest, magnitude = types.int32(-0x7FFFFFFF), types.int32(0)
-    for i in range(count):
-        word = bits[i]
-        magnitude = max(magnitude, word & types.int32(0x7FFFFFFF))
-        largest = max(largest, word ^ ((word >> types.int32(31)) & types.int32(0x7FFFFFFF)))
-    if magnitude > types.int32(0x7F800000):
-        return of_bits(types.int32(0x7FC00000))
-    return of_bits(largest ^ ((largest >> types.int32(31)) & types.int32(0x7FFFFFFF)))
 
 
 @njit(inline="always")

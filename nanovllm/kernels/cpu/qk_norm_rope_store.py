@@ -1,16 +1,69 @@
 """QK-norm, rotation, and the writing of keys and values to the cache, on the CPU."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import types
+from numba import njit, types
 
 from nanovllm.kernels.cpu.kv_cache import store_key, store_value, value_columns
 from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.vectors import as_float32, as_int32, as_int64, read, rounded, scratch, write
 
-MAX_HEAD_DIM = 256
+MOST_TOKENS_A_TASK = 16
+
+
+class _Heads(NamedTuple):
+    """What all tokens have in common; addresses as int64."""
+
+    heads: Any
+    kv_heads: Any
+    head_dim: Any
+    block_size: Any
+    columns: Any  # of a block of values
+    width: Any  # bytes of an element
+
+
+@njit(inline="always")
+def _next_block(slots: Any, token: Any, tokens: Any, block_size: Any) -> Any:
+    """The first token from ``token`` on whose key goes into another block than that of the token before it.
+
+    A block is written by one thread: two would take its lines of cache from one another, and spoil each other's halves
+    of pairs of values.
+    """
+    while 0 < token < tokens and slots[token] // block_size == slots[token - 1] // block_size:
+        token += 1
+    return token
+
+
+@njit(inline="always")
+def _normalise_and_rotate(
+    source: Any, weight: Any, cosine: Any, sine: Any, eps: Any, normed: Any, rotated: Any, head_dim: Any, is_half: Any
+) -> None:
+    """RMSNorm of a head, rounded as torch's operators round it, then the rotation of its halves."""
+    squares, half = types.float32(0), head_dim // 2
+    for d in range(head_dim):
+        value = read(source, d, is_half)
+        squares += value * value
+    scale = types.float32(1) / np.sqrt(squares / types.float32(head_dim) + eps)
+    for d in range(head_dim):
+        value = rounded(read(source, d, is_half) * scale, is_half)
+        normed[d] = rounded(value * read(weight, d, is_half), is_half)
+    for d in range(half):
+        rotated[d] = normed[d] * cosine[d] - normed[half + d] * sine[d]
+        rotated[half + d] = normed[half + d] * cosine[d] + normed[d] * sine[d]
+
+
+@njit(inline="always")
+def _store_values(source: Any, values: Any, slot: Any, sizes: Any, is_half: Any) -> Any:
+    """Write a token's values to the cache; whether all of them are finite."""
+    block, offset = slot // sizes.block_size, slot % sizes.block_size
+    head_bytes, finite = sizes.columns * sizes.block_size * sizes.width, True
+    for head in range(sizes.kv_heads):
+        place = values + (block * sizes.kv_heads + head) * head_bytes
+        value = source + head * sizes.head_dim * sizes.width
+        finite &= store_value(place, offset, sizes.columns, value, sizes.head_dim, is_half)
+    return finite
 
 
 def _qk_norm_rope_store(arguments: Any) -> None:
@@ -34,45 +87,38 @@ def _qk_norm_rope_store(arguments: Any) -> None:
         half_precision,
         overflow,
         eps_bits,
-    ) = integers(arguments, 19)
+        tokens,
+        tokens_a_task,
+    ) = integers(arguments, 21)
     positions, slots = as_int64(position_table), as_int64(slot_mapping)
     is_half, eps = half_precision != 0, as_float(eps_bits)
-    width, half = 2 if is_half else 4, head_dim // 2
-    normed_address, rotated_address = scratch(256), scratch(256)
-    normed, rotated = as_float32(normed_address), as_float32(rotated_address)
+    width = 2 if is_half else 4
+    sizes = _Heads(heads, kv_heads, head_dim, block_size, columns, width)
+    head_bytes = head_dim * width
+    normed, rotated_address = as_float32(scratch(256)), scratch(256)
+    rotated = as_float32(rotated_address)
     task = next_task(arguments)
     while task < num_tasks(arguments):
-        token, slot = task, slots[task]
-        block, offset = slot // block_size, slot % block_size
-        cosine = as_float32(cosines + positions[token] * half * 4)
-        sine = as_float32(sines + positions[token] * half * 4)
-        for head in range(heads + kv_heads):
-            source = qkv + (token * stride + head * head_dim) * width
-            weight = q_weight if head < heads else k_weight
-            squares = types.float32(0)
-            for d in range(head_dim):
-                value = read(source, d, is_half)
-                squares += value * value
-            scale = types.float32(1) / np.sqrt(squares / types.float32(head_dim) + eps)
-            for d in range(head_dim):
-                value = rounded(read(source, d, is_half) * scale, is_half)
-                normed[d] = rounded(value * read(weight, d, is_half), is_half)
-            for d in range(half):
-                rotated[d] = normed[d] * cosine[d] - normed[half + d] * sine[d]
-                rotated[half + d] = normed[half + d] * cosine[d] + normed[d] * sine[d]
-            if head < heads:
-                target = out + (token * heads + head) * head_dim * width
-                for d in range(head_dim):
-                    write(target, d, is_half, rotated[d])
-            elif slot >= 0:
-                here = keys + (block * kv_heads + head - heads) * head_dim * block_size * width
-                store_key(here, offset, block_size, rotated_address, head_dim, is_half)
-        if slot >= 0:
-            for head in range(kv_heads):
-                source = qkv + (token * stride + (heads + kv_heads + head) * head_dim) * width
-                here = values + (block * kv_heads + head) * columns * block_size * width
-                if not store_value(here, offset, columns, source, head_dim, is_half):
-                    as_int32(overflow)[0] = types.int32(1)
+        first = _next_block(slots, task * tokens_a_task, tokens, block_size)
+        end = _next_block(slots, min(tokens, (task + 1) * tokens_a_task), tokens, block_size)
+        for token in range(first, end):
+            slot, row = slots[token], qkv + token * stride * width
+            cosine = as_float32(cosines + positions[token] * head_dim * 2)
+            sine = as_float32(sines + positions[token] * head_dim * 2)
+            for head in range(heads + kv_heads):
+                weight = q_weight if head < heads else k_weight
+                source = row + head * head_bytes
+                _normalise_and_rotate(source, weight, cosine, sine, eps, normed, rotated, head_dim, is_half)
+                if head < heads:
+                    target = out + (token * heads + head) * head_bytes
+                    for d in range(head_dim):
+                        write(target, d, is_half, rotated[d])
+                elif slot >= 0:
+                    place = slot // block_size * kv_heads + head - heads
+                    block = keys + place * head_bytes * block_size
+                    store_key(block, slot % block_size, block_size, rotated_address, head_dim, is_half)
+            if slot >= 0 and not _store_values(row + (heads + kv_heads) * head_bytes, values, slot, sizes, is_half):
+                as_int32(overflow)[0] = types.int32(1)
         task = next_task(arguments)
 
 
@@ -117,9 +163,10 @@ def qk_norm_rope_store(
         The queries, [tokens, num_heads, head_dim].
     """
     tokens, head_dim = qkv.shape[0], q_weight.shape[0]
+    tokens_a_task = min(MOST_TOKENS_A_TASK, -(-tokens // (4 * torch.get_num_threads())))
     q = new((tokens, num_heads, head_dim), qkv.dtype)
     _kernel(
-        tokens,
+        -(-tokens // max(1, tokens_a_task)),
         qkv.data_ptr(),
         qkv.stride(0),
         q_weight.data_ptr(),
@@ -139,5 +186,7 @@ def qk_norm_rope_store(
         qkv.dtype == torch.bfloat16,
         overflow.data_ptr(),
         as_integer(eps),
+        tokens,
+        tokens_a_task,
     )
     return q

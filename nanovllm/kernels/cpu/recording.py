@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from nanovllm.kernels.cpu import launch
-from nanovllm.kernels.cpu.launch import HEADER, Kernel, integers, num_tasks
-from nanovllm.kernels.cpu.vectors import Address, as_int64, fetch_add
+from nanovllm.kernels.cpu.launch import HEADER, Kernel, Stream, integers, num_tasks, thread_number
+from nanovllm.kernels.cpu.vectors import Address, as_int64, fetch_add, prefetch
 
 _SPINS = 2000  # looks at a barrier before the processor is offered to others
 
@@ -51,6 +51,7 @@ class Recording:
         for line, (_, tasks, arguments) in zip(self.arguments, launches, strict=True):
             line[1] = tasks
             line[HEADER : HEADER + len(arguments)] = arguments
+        self.ahead = _pieces_ahead([kernel.stream and kernel.stream(arguments) for kernel, _, arguments in launches])
         self.addresses = np.array([kernel.address for kernel in self.kernels], dtype=np.int64)
         self.barrier = np.zeros(1, dtype=np.int64)
 
@@ -71,11 +72,33 @@ class Recording:
             self.addresses.ctypes.data,
             self.arguments.ctypes.data,
             self.arguments.strides[0],
+            self.ahead.ctypes.data,
             len(self.kernels),
             self.barrier.ctypes.data,
             launch.team_size_address(),
             _yield_address(),
         )
+
+
+def _pieces_ahead(streams: list[Stream | None]) -> np.ndarray:
+    """What threads ask for when they are done with a launch, while others are not: the beginning of the next stream.
+
+    Returns:
+        int64 [launches, 3]: for each thread the address of a piece, thread 0's here, the size of a piece, and how many
+        there are from here on; zeros where there is nothing to ask for. A second launch before the same stream asks
+        for what comes behind the first one's pieces, as if for two threads.
+    """
+    ahead = np.zeros((len(streams), 3), dtype=np.int64)
+    following: Stream | None = None
+    for number in range(len(streams) - 1, -1, -1):
+        if following is not None and streams[number] is None:
+            ahead[number] = following
+            following = Stream(
+                following.address + 2 * following.piece_bytes, following.piece_bytes, following.num_pieces - 2
+            )
+            following = following if following.num_pieces > 0 else None
+        following = streams[number] or following
+    return ahead
 
 
 @contextmanager
@@ -215,9 +238,10 @@ _PAUSE: tuple[str, list[int]] | None = {
 
 def _replay(arguments: Any) -> None:
     """Every thread of a team goes through all launches; none begins one before all have done the last."""
-    functions, lines, line_bytes, count, barrier, team_size, give_way = integers(arguments, 7)
+    functions, lines, line_bytes, pieces, count, barrier, team_size, give_way = integers(arguments, 8)
     addresses: Any = as_int64(functions)
     threads = _call_for_int(team_size)  # perhaps fewer than were asked for
+    ahead, thread = as_int64(pieces), thread_number(arguments)
     target = 0
     for number in range(count):
         line = lines + number * line_bytes
@@ -226,6 +250,8 @@ def _replay(arguments: Any) -> None:
         _call_kernel(addresses[number], line)
         fetch_add(barrier, 1)
         target += threads
+        if thread < ahead[3 * number + 2]:  # none of these bytes is read now, and memory would have nothing to do
+            prefetch(ahead[3 * number] + thread * ahead[3 * number + 1], ahead[3 * number + 1])
         while _wait_until(barrier, target) < target:
             if give_way != 0:
                 _call_for_int(give_way)
