@@ -174,7 +174,8 @@ class StaticDecode(_CpuStep):
 
     def __init__(self, backend: CpuAttention, max_rows: int) -> None:
         super().__init__(backend, torch.zeros(max_rows, dtype=torch.int64, device="cpu"))
-        lines = LINES_A_ROW * max_rows
+        # One long context alone may be cut for many threads.
+        lines = max(LINES_A_ROW * max_rows, backend.items.TASKS_A_THREAD * torch.get_num_threads() + max_rows)
         self.items, self.workspace = backend.kernels.Items.room_for(lines), backend.workspace(lines)
 
     def update(self, metadata: AttentionMetadata) -> tuple[int, int] | None:

@@ -32,8 +32,8 @@ FEATURES = (
 GROUPS = {"batch_state": ("decode_inputs", "decode_outputs")}  # a name for several
 
 # Kernels there are for the CPU, and the dtypes they are for. (Attention: the backend ``cpu``.)
-CPU_KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "linear", "block_sums")
-CPU_ONLY = ("linear", "block_sums")
+CPU_ONLY = ("linear", "embedding", "block_sums")
+CPU_KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", *CPU_ONLY)
 CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
