@@ -76,16 +76,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         *MODEL,
         *PLAIN,
     },
-    "engine.placement": {"layers", *UTILS},
-    "engine.recorded_steps": MODEL,
+    "engine.placement": {*MODEL},
+    "engine.recorded_steps": {"attention", "kernels.cpu"},
     "engine.step_handle": {"engine.step_plan", *MODEL},
     "engine.logit_rules": {"engine.step_plan", *PLAIN},
     "engine.cuda_graphs": {"engine.batch_state", "engine.step_plan", "config", *MODEL},
     "engine.batch_state": {"engine.step_plan", "engine.logit_rules", *MODEL, *PLAIN},
     "models": MODEL,
     "layers": {"attention", "kernels", *UTILS},
-    "attention": {"kernels", *UTILS},
+    "attention": {"kernels", "kernels.cpu", *UTILS},
     "kernels": {*ARITHMETIC, *UTILS},
+    "kernels.cpu": UTILS,
     **dict.fromkeys(sorted(ARITHMETIC), UTILS),
     "config": {"utils"},
     "sampling_params": {"utils"},
@@ -94,7 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
 }
 # Imported where they are used, so that the package needs none of them.
-OPTIONAL = {"triton": {"kernels"}, "numba": {"kernels"}, "llvmlite": {"kernels"}, "flash_attn": set()}
+OPTIONAL = {"triton": {"kernels"}, "flash_attn": set(), "numba": {"kernels.cpu"}, "llvmlite": {"kernels.cpu"}}
 
 
 def module_name(path: Path) -> str:
@@ -184,14 +185,27 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
-def test_the_package_imports_without_triton_and_flash_attn() -> None:
+def test_the_package_imports_without_what_it_can_do_without() -> None:
     done = run_python(
         "import sys\n"
-        "sys.modules['triton'] = sys.modules['flash_attn'] = None  # importing either raises ImportError\n"
+        f"for name in {list(OPTIONAL)}:\n"
+        "    sys.modules[name] = None  # importing it raises ImportError\n"
         "import nanovllm\n"
         "nanovllm.LLM, nanovllm.SamplingParams\n"
+        "assert 'nanovllm.engine.model_runner' in sys.modules\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_compiled_when_the_package_is_imported() -> None:
+    """Nor is a compiler loaded: a program may import it and do something else."""
+    done = run_python(
+        "import sys, nanovllm\n"
+        "nanovllm.LLM, nanovllm.SamplingParams\n"
+        f"print([name for name in {list(OPTIONAL)} if name in sys.modules])\n"
+        "print([name for name in sys.modules if name.startswith('nanovllm.kernels.')])\n"
+    )
+    assert done.stdout == "[]\n[]\n", done.stdout + done.stderr
 
 
 def test_scheduling_runs_where_there_is_no_torch() -> None:

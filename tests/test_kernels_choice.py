@@ -54,12 +54,18 @@ def test_a_gpu_that_runs_a_kernel_gets_them_all(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(probe, "probe", lambda device: None)
     assert kernels.why_no_triton(CUDA) is None
     for name in kernels.FEATURES:
-        if name not in ("graphs", "overlap"):
+        if name not in ("graphs", "overlap", *kernels.CPU_ONLY):
             assert kernels.load(name, CUDA) is not None
             monkeypatch.setenv("NANOVLLM_DISABLE", f"overlap, {name}")
             assert kernels.load(name, CUDA) is None
             assert kernels.load_or_reference(name, CUDA).__name__ == f"{name}_reference"
             monkeypatch.delenv("NANOVLLM_DISABLE")
+
+
+def test_a_gpu_is_not_asked_for_what_only_the_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "why_no_triton", lambda device: None)
+    for name in kernels.CPU_ONLY:
+        assert kernels.load(name, CUDA, torch.bfloat16) is None
 
 
 def test_no_other_device_has_them() -> None:

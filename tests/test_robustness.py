@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -479,20 +480,18 @@ def test_an_llm_that_is_let_go_gives_its_memory_back_at_once(tiny_checkpoint: Pa
     llm = make_llm(tiny_checkpoint, kvcache_block_size=16, num_kvcache_blocks=8192)
     generate(llm, [make_prompt(5)])
     runner = llm.engine.runner
-    cache = runner.attention.kv_cache()
-    tensors = [cache] if isinstance(cache, torch.Tensor) else [tensor for layer in cache for tensor in layer]
+    cache = tree_leaves(runner.attention.kv_cache())
     size = llm.get_metrics()["kvcache_bytes"]
     assert size > 150 * 2**20
-    refs = [
-        weakref.ref(item) for item in (llm.engine, runner, *tensors, runner.batch_state, *runner.model.parameters())
-    ]
+    refs = [weakref.ref(item) for item in (llm.engine, runner, *cache, runner.batch_state, *runner.model.parameters())]
     gc.collect()
     gc.disable()  # the garbage collector must not be needed
     try:
-        for tensor in tensors:
+        for tensor in cache:
             tensor.fill_(1)
+        del tensor
         before = resident().rss
-        del runner, cache, tensor, tensors
+        del runner, cache
         if ending == "del":
             del llm
         elif ending == "close":
@@ -599,20 +598,21 @@ def test_the_table_of_known_defects_names_tests_that_exist() -> None:
 # What an attack found
 
 
-def test_a_request_that_overflows_leaves_the_prefix_it_shares_intact(tmp_path: Path) -> None:
-    model = make_model(tie_word_embeddings=False)
+@pytest.mark.parametrize("block_size", [4, 16])  # of backend matmul, and of cpu
+def test_a_request_that_overflows_leaves_the_prefix_it_shares_intact(tmp_path: Path, block_size: int) -> None:
+    model = make_model(tie_word_embeddings=False, num_attention_heads=4)  # 32 queries share an item of cpu's work
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = float("nan")
     model.save_pretrained(tmp_path)
-    prefix = list(range(20, 32))
-    with make_llm(tmp_path, kvcache_block_size=4, max_num_batched_tokens=13) as llm:
+    prefix = list(range(20, 20 + 3 * block_size))
+    with make_llm(tmp_path, kvcache_block_size=block_size, max_num_batched_tokens=len(prefix) + 1) as llm:
         expected = generate(llm, [[*prefix, 3]], greedy(6))
         llm.reset_prefix_cache()
         [bad] = llm.generate([[*prefix, 7, 4]], greedy(3), use_tqdm=False)  # not a number from token 7 on
         assert (bad.outputs[0].finish_reason, bad["token_ids"]) == ("error", [])
         assert "logits are not finite" in bad.error
         again = llm.generate([[*prefix, 3]], greedy(6), use_tqdm=False)
-    assert again[0].num_cached_tokens == 12
+    assert again[0].num_cached_tokens == 3 * block_size
     assert [again[0]["token_ids"]] == expected
 
 

@@ -86,6 +86,7 @@ def why_no_cpu_kernels() -> str | None:
         return "the package numba is not installed"
     try:
         import_module("nanovllm.kernels.cpu.rms_norm")
+        import_module("nanovllm.kernels.cpu.linear").product_kernel(False)  # the most demanding of the compiler
     except Exception as error:  # a numba that is too old or does not go with numpy, a processor it does not know, ...
         return f"numba cannot compile a kernel here: {type(error).__name__}: {error}"
     return None

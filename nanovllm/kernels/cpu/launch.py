@@ -26,7 +26,7 @@ from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
-from nanovllm.kernels.cpu.vectors import Address, as_int64, fetch_add, of_bits
+from nanovllm.kernels.cpu.vectors import TARGET, Address, as_int64, fetch_add, of_bits
 from nanovllm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _compile(function: Callable[[Any], None], fast_math: set[str]) -> int:
             before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, directory
             try:
                 compiled = cfunc(signature, cache=True, fastmath=fast_math, error_model="numpy")(function)
-            except (OSError, RuntimeError) as error:  # a full disk, a directory that vanished, ...
+            except Exception as error:  # a full disk, a directory that vanished, a file that is none, ...
                 logger.info("%s is compiled without the cache: %s", function.__name__, error)
             else:
                 _keep_alive.append(compiled)
@@ -191,7 +191,7 @@ def cache_directory() -> str | None:
         probe = directory / f".{os.getpid()}-{threading.get_ident()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # it cannot be written to; there is no home directory
         logger.info("compiled kernels are not kept: %s", error)
         return None
     return str(directory)
@@ -206,7 +206,7 @@ def _user_cache() -> str:
 
 
 def _fingerprint() -> str:
-    digest = hashlib.sha256(f"{__version__} {numba.__version__} {platform.python_version()}".encode())
+    digest = hashlib.sha256(f"{__version__} {numba.__version__} {platform.python_version()} {TARGET}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -238,10 +238,15 @@ def _team() -> _Team:
     A second set of threads would fight the first for the cores, since threads of OpenMP spin for a while after their
     work is done. Its entry point GOMP_parallel is GNU's, and part of LLVM's and Intel's library too.
     """
-    try:
-        library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"))))
-        parallel, size = library.GOMP_parallel, library.omp_get_num_threads  # found in what it was linked with
-    except (StopIteration, OSError, AttributeError):
+    parallel = size = None
+    for name in (None, *map(str, (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"))):
+        try:  # where torch's own calls end up: with what was loaded for all, else with what torch was linked with
+            library = ctypes.CDLL(name)
+            parallel, size = library.GOMP_parallel, library.omp_get_num_threads
+            break
+        except (OSError, AttributeError, TypeError):  # Windows has no library without a name
+            continue
+    if parallel is None:
         return _Team(_fork_python_threads, 0)
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None

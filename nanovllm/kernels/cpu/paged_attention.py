@@ -8,6 +8,7 @@ Gimelshein, 2018, https://arxiv.org/abs/1805.02867). Where a query has several i
 end.
 """
 
+import threading
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -235,10 +236,17 @@ def _copy_tail(source: Any, target: Any, length: Any, columns: Any, pair: Any) -
             write_to[whole + d] = read_from[whole + d] & types.int32(0xFFFF)
 
 
-@cache
 def attention_kernel(is_half: bool) -> Kernel:
     """The kernel for bfloat16 (``is_half``) or float32: compiled apart, for half of the time."""
+    with _compiling:  # lest two threads make one each: recordings know theirs by identity
+        return _attention_kernel(is_half)
 
+
+_compiling = threading.Lock()
+
+
+@cache
+def _attention_kernel(is_half: bool) -> Kernel:
     def paged_attention(arguments: Any) -> None:
         (
             q,
@@ -326,6 +334,8 @@ def attention_kernel(is_half: bool) -> Kernel:
                         write(answer, d, is_half, totals[row * columns + d] * share)
             task = next_task(arguments)
 
+    # A name each: the cache has a file a name, in which processes that write at once could leave the wrong code.
+    paged_attention.__qualname__ += "_bfloat16" if is_half else "_float32"
     return Kernel(paged_attention)
 
 
