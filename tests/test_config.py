@@ -46,6 +46,7 @@ class TestDefaults:
             "gpu_memory_utilization": 0.9,
             "enforce_eager": False,
             "enable_prefix_caching": True,
+            "quantization": None,
             "hf_overrides": {},
             "attention_backend": "auto",
             "kvcache_block_size": None,

@@ -201,17 +201,19 @@ def test_steps_of_more_rows_than_there_is_room_for_are_launched(
     assert sorted(steps.recordings) == [1, 2, 3]
 
 
-def test_steps_cut_into_more_parts_than_there_is_room_for_are_launched(
+def test_steps_of_more_stretches_than_there_is_room_for_are_launched(
     eager: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As few long contexts on many threads may be. Here it is the second chunk of keys that has no room."""
-    replays = []
-    replay = recording.Recording.replay
-    monkeypatch.setattr(recording.Recording, "replay", lambda self: replays.append(replay(self)))
+    """Here four rows that begin alike need eight lines and have seven; three need six."""
     monkeypatch.setattr(cpu, "LINES_A_ROW", 1)
-    with threads(5), make_llm(max_num_seqs=1) as llm:
-        assert generate(llm, [prompt(120)], params(20)) == generate(eager, [prompt(120)], params(20))
-    assert len(replays) == 128 - 120
+    long = prompt(100)
+    prompts, wanted = [[*long, token] for token in (5, 6, 7, 8)], [params(number) for number in (4, 9, 9, 9)]
+    with make_llm(max_num_seqs=4) as llm:
+        for one in (llm, eager):
+            one.reset_prefix_cache()
+            generate(one, [long], params(1))
+        assert generate(llm, prompts, wanted) == generate(eager, prompts, wanted)
+        assert sorted(steps_of(llm).recordings) == [3]
 
 
 def test_the_number_of_threads_may_change_at_any_time(llm: LLM, eager: LLM) -> None:

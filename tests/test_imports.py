@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *MODEL,
         *PLAIN,
     },
-    "engine.placement": {"layers", *UTILS},
+    "engine.placement": {*MODEL},
     "engine.recorded_steps": {"attention", "kernels.cpu"},
     "engine.step_handle": {"engine.step_plan", *MODEL},
     "engine.logit_rules": {"engine.step_plan", *PLAIN},

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -479,20 +480,18 @@ def test_an_llm_that_is_let_go_gives_its_memory_back_at_once(tiny_checkpoint: Pa
     llm = make_llm(tiny_checkpoint, kvcache_block_size=16, num_kvcache_blocks=8192)
     generate(llm, [make_prompt(5)])
     runner = llm.engine.runner
-    cache = runner.attention.kv_cache()
-    tensors = [cache] if isinstance(cache, torch.Tensor) else [tensor for layer in cache for tensor in layer]
+    cache = tree_leaves(runner.attention.kv_cache())
     size = llm.get_metrics()["kvcache_bytes"]
     assert size > 150 * 2**20
-    refs = [
-        weakref.ref(item) for item in (llm.engine, runner, *tensors, runner.batch_state, *runner.model.parameters())
-    ]
+    refs = [weakref.ref(item) for item in (llm.engine, runner, *cache, runner.batch_state, *runner.model.parameters())]
     gc.collect()
     gc.disable()  # the garbage collector must not be needed
     try:
-        for tensor in tensors:
+        for tensor in cache:
             tensor.fill_(1)
+        del tensor
         before = resident().rss
-        del runner, cache, tensor, tensors
+        del runner, cache
         if ending == "del":
             del llm
         elif ending == "close":

@@ -116,7 +116,7 @@ class _CpuStep(AttentionStep):
 
     items: Any
     workspace: Any
-    block_tables: torch.Tensor
+    block_tables: torch.Tensor | None = None
 
     def __init__(self, backend: CpuAttention, slot_mapping: torch.Tensor) -> None:
         self.backend, self.slot_mapping = backend, slot_mapping
@@ -130,6 +130,7 @@ class _CpuStep(AttentionStep):
     def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         keys, values = self.backend.layer(layer)
         scale = self.backend.scale
+        assert self.block_tables is not None
         return self.backend.kernels.paged_attention(
             q, keys, values, self.block_tables, self.items, self.workspace, scale
         )
@@ -174,7 +175,8 @@ class StaticDecode(_CpuStep):
 
     def __init__(self, backend: CpuAttention, max_rows: int) -> None:
         super().__init__(backend, torch.zeros(max_rows, dtype=torch.int64, device="cpu"))
-        lines = LINES_A_ROW * max_rows
+        # One long context alone may be cut for many threads.
+        lines = max(LINES_A_ROW * max_rows, backend.items.TASKS_A_THREAD * torch.get_num_threads() + max_rows)
         self.items, self.workspace = backend.kernels.Items.room_for(lines), backend.workspace(lines)
 
     def update(self, metadata: AttentionMetadata) -> tuple[int, int] | None:
@@ -183,7 +185,12 @@ class StaticDecode(_CpuStep):
         if not self.items.take(items):
             return None
         self.slot_mapping[: len(metadata.slot_mapping)] = metadata.slot_mapping
-        self.block_tables = metadata.block_tables
+        tables = metadata.block_tables
+        assert tables.dtype == torch.int32
+        assert tables.is_contiguous()
+        if self.block_tables is None:
+            self.block_tables = tables
+        assert tables.data_ptr() == self.block_tables.data_ptr(), "recordings know the tables by their address"
         return len(items.fields), len(items.split_tokens)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

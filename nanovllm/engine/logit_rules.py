@@ -120,7 +120,7 @@ class LogitRules:
         for row, rules in batch.processors:
             known = token_ids[slots[row], : int(positions[row])].tolist()
             try:
-                logits[row] = _process(rules, known, logits[row])
+                logits[row] = _process(rules, known, logits[row].clone())  # which it may keep
             except Exception as error:  # whatever a user's callable raises ends its request and no other
                 errors[row] = f"logits processor: {type(error).__name__}: {error}"
                 logits[row] = float("nan")

@@ -32,8 +32,8 @@ FEATURES = (
 GROUPS = {"batch_state": ("decode_inputs", "decode_outputs")}  # a name for several
 
 # Kernels there are for the CPU, and the dtypes they are for. (Attention: the backend ``cpu``.)
-CPU_KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "linear", "block_sums")
-CPU_ONLY = ("linear", "block_sums")
+CPU_ONLY = ("linear", "embedding", "block_sums")
+CPU_KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", *CPU_ONLY)
 CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -86,6 +86,7 @@ def why_no_cpu_kernels() -> str | None:
         return "the package numba is not installed"
     try:
         import_module("nanovllm.kernels.cpu.rms_norm")
+        import_module("nanovllm.kernels.cpu.linear").product_kernel(False)  # the most demanding of the compiler
     except Exception as error:  # a numba that is too old or does not go with numpy, a processor it does not know, ...
         return f"numba cannot compile a kernel here: {type(error).__name__}: {error}"
     return None

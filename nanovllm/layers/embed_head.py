@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm import kernels
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import PackableProduct, PackedWeight
 from nanovllm.utils.loader import COPY, DifferentCopyError, Span, TensorSource, copy_span, equals_rows, new_parameter
@@ -40,6 +41,7 @@ class VocabParallelEmbedding(nn.Module):
         self.first_id = min(parallel.rank * self.rows, vocab_size)
         self.num_ids = min(self.rows, vocab_size - self.first_id)  # the rest of the rows is padding
         shape = (self.rows, hidden_size)
+        self.kernel = kernels.load("embedding", torch.device(device), dtype)
         self.tied_to = [tied_to] if tied_to else []  # in a list: it is not a part of this module
         self.weight = tied_to.weight if tied_to else new_parameter(shape, dtype, device, self._load)
 
@@ -53,7 +55,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         if self.weight is not None:
-            return F.embedding(ids, self.weight)
+            return (self.kernel or F.embedding)(ids, self.weight)
         assert self.packed is not None
         rows = self.packed.rows(ids)
         assert rows is not None

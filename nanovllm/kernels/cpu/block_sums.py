@@ -10,7 +10,7 @@ from nanovllm.kernels.cpu.vectors import as_float32, as_uint8, exp2, largest
 
 
 def _block_sums(arguments: Any) -> None:
-    logits, maxima, sums, scales, thresholds, wanted, blocks, size = integers(arguments, 8)
+    logits, maxima, sums, scales, wanted, blocks, size = integers(arguments, 7)
     task = next_task(arguments)
     while task < num_tasks(arguments):
         row, row_maxima = logits + task * blocks * size * 4, maxima + task * blocks * 4
@@ -19,13 +19,11 @@ def _block_sums(arguments: Any) -> None:
         row_sums = as_float32(sums + task * blocks * 4)
         if as_uint8(wanted)[task] != 0:
             peak, scale = largest(row_maxima, blocks), as_float32(scales)[task]
-            threshold = as_float32(thresholds)[task] if thresholds != 0 else types.float32(0)
             for block in range(blocks):
                 here = as_float32(row + block * size * 4)
                 total = types.float32(0)
                 for i in range(size):
-                    weight = exp2((here[i] - peak) * scale)
-                    total += weight if weight >= threshold else types.float32(0)
+                    total += exp2((here[i] - peak) * scale)
                 row_sums[block] = total
         else:
             for block in range(blocks):
@@ -36,15 +34,12 @@ def _block_sums(arguments: Any) -> None:
 _kernel = Kernel(_block_sums)
 
 
-def block_sums(
-    blocks: torch.Tensor, scale: torch.Tensor, min_p: torch.Tensor | None, wanted: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def block_sums(blocks: torch.Tensor, scale: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Maxima of blocks of logits, and sums of weights 2^((logit - the row's maximum) * scale).
 
     Args:
         blocks: float32 [rows, blocks, size], contiguous.
         scale: float32 [rows].
-        min_p: float32 [rows]: smaller weights count as 0; None for no such limit.
         wanted: bool [rows]: whose sums are wanted; the others are 0.
 
     Returns:
@@ -52,7 +47,6 @@ def block_sums(
     """
     rows, count, size = blocks.shape
     blocks, scale, wanted = blocks.contiguous(), scale.contiguous(), wanted.contiguous()
-    min_p = None if min_p is None else min_p.contiguous()
     maxima, sums = blocks.new_empty((rows, count)), blocks.new_empty((rows, count))
     _kernel(
         rows,
@@ -60,7 +54,6 @@ def block_sums(
         maxima.data_ptr(),
         sums.data_ptr(),
         scale.data_ptr(),
-        0 if min_p is None else min_p.data_ptr(),
         wanted.data_ptr(),
         count,
         size,

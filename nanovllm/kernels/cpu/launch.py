@@ -238,10 +238,15 @@ def _team() -> _Team:
     A second set of threads would fight the first for the cores, since threads of OpenMP spin for a while after their
     work is done. Its entry point GOMP_parallel is GNU's, and part of LLVM's and Intel's library too.
     """
-    try:
-        library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"))))
-        parallel, size = library.GOMP_parallel, library.omp_get_num_threads  # found in what it was linked with
-    except (StopIteration, OSError, AttributeError):
+    parallel = size = None
+    for name in (None, *map(str, (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"))):
+        try:  # where torch's own calls end up: with what was loaded for all, else with what torch was linked with
+            library = ctypes.CDLL(name)
+            parallel, size = library.GOMP_parallel, library.omp_get_num_threads
+            break
+        except (OSError, AttributeError, TypeError):  # Windows has no library without a name
+            continue
+    if parallel is None:
         return _Team(_fork_python_threads, 0)
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None

@@ -44,7 +44,7 @@ def quantize(weight: torch.Tensor) -> QuantizedWeight:
     for first in range(0, outputs, _ROWS_AT_A_TIME):  # without a float32 copy of it all
         rows = weight[first : first + _ROWS_AT_A_TIME].float()
         largest = rows.abs().amax(dim=1)
-        scale = torch.where(largest > 0, largest / 127, 1.0)
+        scale = torch.where(largest == 0, 1.0, largest / 127)  # NaN or infinite if a weight is
         integers_of_rows = (rows / scale[:, None]).round_().to(torch.int8)
         part = slice(first, first + len(rows))
         scales[part], sums[part] = scale, OFFSET * integers_of_rows.sum(dim=1, dtype=torch.int32)
@@ -90,6 +90,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         uint8 [rows, inputs padded to a multiple of 4], with an offset of 128, and float32 [rows], what a step is worth.
     """
+    x = x if x.stride(-1) == 1 else x.contiguous()
     rows, size = x.shape
     padded = -(-size // _GROUP) * _GROUP
     out, scales = new((rows, padded), torch.uint8), new((rows,), torch.float32)

@@ -29,11 +29,13 @@ from nanovllm.kernels.cpu.vectors import (
     as_float32,
     as_int32,
     as_int64,
+    as_uint16,
     bfloat16_scores,
     exp2,
     float32_scores,
     is_finite,
     largest,
+    quickly_narrow,
     rough_exp2,
     write,
 )
@@ -179,7 +181,10 @@ def _weigh(tiles: Any, row: Any, visible: Any, padded: Any, columns: Any, scale:
         relative = scores[i] * scale - peak
         weight = rough_exp2(relative) if is_half else exp2(relative)
         total += weight
-        write(weights, i, is_half, weight)
+        if is_half:
+            as_uint16(weights)[i] = quickly_narrow(weight)
+        else:
+            as_float32(weights)[i] = weight
     shrink = exp2(peaks[row] - peak)
     sums[row] = sums[row] * shrink + total if is_finite(peak) else types.float32(np.nan)
     peaks[row] = peak

@@ -51,7 +51,8 @@ class Recording:
         for line, (_, tasks, arguments) in zip(self.arguments, launches, strict=True):
             line[1] = tasks
             line[HEADER : HEADER + len(arguments)] = arguments
-        self.ahead = _pieces_ahead([kernel.stream and kernel.stream(arguments) for kernel, _, arguments in launches])
+        streams = [kernel.stream and kernel.stream(arguments) for kernel, _, arguments in launches]
+        self.ahead = _pieces_ahead(streams, torch.get_num_threads())
         self.addresses = np.array([kernel.address for kernel in self.kernels], dtype=np.int64)
         self.barrier = np.zeros(1, dtype=np.int64)
 
@@ -80,24 +81,26 @@ class Recording:
         )
 
 
-def _pieces_ahead(streams: list[Stream | None]) -> np.ndarray:
+def _pieces_ahead(streams: list[Stream | None], threads: int) -> np.ndarray:
     """What threads ask for when they are done with a launch, while others are not: the beginning of the next stream.
 
     Returns:
-        int64 [launches, 3]: for each thread the address of a piece, thread 0's here, the size of a piece, and how many
-        there are from here on; zeros where there is nothing to ask for. A second launch before the same stream asks
-        for what comes behind the first one's pieces, as if for two threads.
+        int64 [launches, 3]: the address of a piece, which is the first thread's, those of the others following it; its
+        size; and how many pieces there are from it on. Zeros where there is nothing to ask for. What earlier launches
+        have asked for, later ones do not ask for again.
     """
     ahead = np.zeros((len(streams), 3), dtype=np.int64)
-    following: Stream | None = None
-    for number in range(len(streams) - 1, -1, -1):
-        if following is not None and streams[number] is None:
-            ahead[number] = following
-            following = Stream(
-                following.address + 2 * following.piece_bytes, following.piece_bytes, following.num_pieces - 2
-            )
-            following = following if following.num_pieces > 0 else None
-        following = streams[number] or following
+    waiting: list[int] = []  # launches before the next stream
+    for number, stream in enumerate(streams):
+        if stream is None:
+            waiting.append(number)
+            continue
+        for turn, earlier in enumerate(waiting):
+            begun = turn * threads
+            if begun < stream.num_pieces:
+                place = stream.address + begun * stream.piece_bytes
+                ahead[earlier] = place, stream.piece_bytes, stream.num_pieces - begun
+        waiting = []
     return ahead
 
 
@@ -158,17 +161,18 @@ class _OnlyViews(TorchDispatchMode):
     """Refuses operators that do more than look at memory in another way."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given, made = _memory(args), _memory(result)
-        if func._schema.is_mutable or not made or not made <= given:
+        # A view shares its memory with what it is a view of; whatever computes has memory of its own, or changes some.
+        result = None if func._schema.is_mutable else func(*args, **(kwargs or {}))
+        made = _memory(result)
+        if not made or not made <= _memory(args):
             raise NotRecordableError(f"{func} is not a launch of a CPU kernel")
         return result
 
 
 def _memory(values: Any) -> set[int]:
-    """Addresses of the storages of the tensors in ``values``."""
-    leaves = tree_flatten(values)[0]
-    return {leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    """Addresses of the storages of the tensors in ``values``, of which oneDNN's have none."""
+    tensors = [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
 
 
 @intrinsic
@@ -245,12 +249,11 @@ def _replay(arguments: Any) -> None:
     target = 0
     for number in range(count):
         line = lines + number * line_bytes
-        if num_tasks(line) == 0:
-            continue
-        _call_kernel(addresses[number], line)
-        fetch_add(barrier, 1)
-        target += threads
-        if thread < ahead[3 * number + 2]:  # none of these bytes is read now, and memory would have nothing to do
+        if num_tasks(line) > 0:
+            _call_kernel(addresses[number], line)
+            fetch_add(barrier, 1)
+            target += threads
+        if thread < ahead[3 * number + 2]:  # memory has nothing to do until the last thread is done
             prefetch(ahead[3 * number] + thread * ahead[3 * number + 1], ahead[3 * number + 1])
         while _wait_until(barrier, target) < target:
             if give_way != 0:

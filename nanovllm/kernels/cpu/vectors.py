@@ -126,10 +126,16 @@ def widen(bits: Any) -> Any:
     return of_bits(types.int32(bits) << types.int32(16))
 
 
-@intrinsic
-def _narrow(typing_context, value):  # type: ignore[no-untyped-def]
-    """:func:`narrow` by the processor's own instruction."""
+@njit(inline="always")
+def narrow(value: Any) -> Any:
+    """The bits (uint16) of the bfloat16 nearest to a float32, the even one of two; a NaN stays one."""
+    bits = bits_of(value)
+    rounded = (bits + types.int32(0x7FFF) + ((bits >> types.int32(16)) & types.int32(1))) >> types.int32(16)
+    return types.uint16(rounded if value == value else types.int32(0x7FC0))
 
+
+@intrinsic
+def _narrow_natively(typing_context, value):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.bitcast(builder.fptrunc(arguments[0], _BFloat()), ir.IntType(16))
 
@@ -137,13 +143,9 @@ def _narrow(typing_context, value):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def narrow(value: Any) -> Any:
-    """The bits (uint16) of the bfloat16 nearest to a float32, the even one of two; a NaN stays one."""
-    if HAS_BF16_PRODUCTS:
-        return _narrow(value)
-    bits = bits_of(value)
-    rounded = (bits + types.int32(0x7FFF) + ((bits >> types.int32(16)) & types.int32(1))) >> types.int32(16)
-    return types.uint16(rounded if value == value else types.int32(0x7FC0))
+def quickly_narrow(value: Any) -> Any:
+    """:func:`narrow` by the processor's own instruction, if it has one, which takes denormal numbers for 0."""
+    return _narrow_natively(value) if HAS_BF16_PRODUCTS else narrow(value)
 
 
 @njit(inline="always")
