@@ -16,7 +16,6 @@ from torch.utils import _python_dispatch
 from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, SamplingParams, kernels
-from nanovllm.attention import cpu
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.layers import product
 
@@ -24,7 +23,7 @@ if (reason := kernels.why_no_cpu_kernels()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 from nanovllm.engine.recorded_steps import RecordedSteps
-from nanovllm.kernels.cpu import launch, recording
+from nanovllm.kernels.cpu import launch, paged_attention, recording
 from nanovllm.kernels.cpu.rms_norm import rms_norm
 from nanovllm.kernels.cpu.silu_and_mul import silu_and_mul
 from tests.threads import one_thread  # noqa: F401
@@ -201,19 +200,18 @@ def test_steps_of_more_rows_than_there_is_room_for_are_launched(
     assert sorted(steps.recordings) == [1, 2, 3]
 
 
-def test_steps_of_more_stretches_than_there_is_room_for_are_launched(
+def test_steps_cut_into_more_parts_than_there_is_room_for_are_launched(
     eager: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here four rows that begin alike need eight lines and have seven; three need six."""
-    monkeypatch.setattr(cpu, "LINES_A_ROW", 1)
-    long = prompt(100)
-    prompts, wanted = [[*long, token] for token in (5, 6, 7, 8)], [params(number) for number in (4, 9, 9, 9)]
-    with make_llm(max_num_seqs=4) as llm:
-        for one in (llm, eager):
-            one.reset_prefix_cache()
-            generate(one, [long], params(1))
-        assert generate(llm, prompts, wanted) == generate(eager, prompts, wanted)
-        assert sorted(steps_of(llm).recordings) == [3]
+    """Here it is the second chunk of keys that has no room."""
+    replays = []
+    replay = recording.Recording.replay
+    monkeypatch.setattr(recording.Recording, "replay", lambda self: replays.append(replay(self)))
+    room_for = paged_attention.Items.room_for
+    monkeypatch.setattr(paged_attention.Items, "room_for", lambda lines: room_for(1))
+    with threads(5), make_llm(max_num_seqs=1) as llm:
+        assert generate(llm, [prompt(120)], params(20)) == generate(eager, [prompt(120)], params(20))
+    assert len(replays) == 128 - 120
 
 
 def test_the_number_of_threads_may_change_at_any_time(llm: LLM, eager: LLM) -> None:
