@@ -16,7 +16,6 @@ from torch.utils import _python_dispatch
 from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, SamplingParams, kernels
-from nanovllm.attention import cpu
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.layers import product
 
@@ -24,7 +23,7 @@ if (reason := kernels.why_no_cpu_kernels()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 from nanovllm.engine.recorded_steps import RecordedSteps
-from nanovllm.kernels.cpu import launch, recording
+from nanovllm.kernels.cpu import launch, paged_attention, recording
 from nanovllm.kernels.cpu.rms_norm import rms_norm
 from nanovllm.kernels.cpu.silu_and_mul import silu_and_mul
 from tests.threads import one_thread  # noqa: F401
@@ -204,11 +203,12 @@ def test_steps_of_more_rows_than_there_is_room_for_are_launched(
 def test_steps_cut_into_more_parts_than_there_is_room_for_are_launched(
     eager: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As few long contexts on many threads may be. Here it is the second chunk of keys that has no room."""
+    """Here it is the second chunk of keys that has no room."""
     replays = []
     replay = recording.Recording.replay
     monkeypatch.setattr(recording.Recording, "replay", lambda self: replays.append(replay(self)))
-    monkeypatch.setattr(cpu, "LINES_A_ROW", 1)
+    room_for = paged_attention.Items.room_for
+    monkeypatch.setattr(paged_attention.Items, "room_for", lambda lines: room_for(1))
     with threads(5), make_llm(max_num_seqs=1) as llm:
         assert generate(llm, [prompt(120)], params(20)) == generate(eager, [prompt(120)], params(20))
     assert len(replays) == 128 - 120

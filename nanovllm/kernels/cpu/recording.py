@@ -170,9 +170,9 @@ class _OnlyViews(TorchDispatchMode):
 
 
 def _memory(values: Any) -> set[int]:
-    """Addresses of the storages of the tensors in ``values``."""
-    leaves = tree_flatten(values)[0]
-    return {leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    """Addresses of the storages of the tensors in ``values``. (oneDNN's own have none that can be told.)"""
+    tensors = [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
 
 
 @intrinsic
