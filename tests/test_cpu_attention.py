@@ -317,8 +317,10 @@ class World:
         step = self.matmul.begin_step(self.batch.metadata())
         return step.attend(self.layer, self.q.float(), self.k.float(), (self.v if v is None else v).float())
 
-    def assert_close(self) -> None:
-        actual, expected = self.actual().float(), self.expected()
+    def assert_close(self, num_threads: int = 1) -> None:
+        with threads(num_threads):
+            actual = self.actual().float()
+        expected = self.expected()
         cache = self.matmul.cache[self.layer, 1]
         cache.copy_(cache.abs())
         size = self.expected(self.v.abs())  # what the terms of each sum add up to
@@ -348,8 +350,7 @@ class TestAgainstMatmul:
         seed=st.integers(0, 1000),
     )
     def test_mixed_batches(self, batch, kv_heads, group, head_dim, dtype, loudness, num_threads, seed):
-        with threads(num_threads):
-            World(batch, kv_heads, group, head_dim, dtype, loudness, seed).assert_close()
+        World(batch, kv_heads, group, head_dim, dtype, loudness, seed).assert_close(num_threads)
 
     @examples(60)
     @given(
@@ -363,8 +364,7 @@ class TestAgainstMatmul:
     @example(Batch([Row(None, 0, 9000, 1)], 16), 1, 8, 64, torch.bfloat16, 5)
     @example(Batch([Row(None, 0, 9000, 1)], 256), 1, 1, 128, torch.float32, 2)
     def test_decode_steps_of_long_contexts(self, batch, kv_heads, group, head_dim, dtype, num_threads):
-        with threads(num_threads):
-            World(batch, kv_heads, group, head_dim, dtype).assert_close()
+        World(batch, kv_heads, group, head_dim, dtype).assert_close(num_threads)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_the_largest_score_may_come_first_last_or_be_far_below_zero(self, dtype: torch.dtype) -> None:

@@ -285,7 +285,8 @@ def test_silu_and_mul(rows, size, dtype, padding, scale, is_extreme, seed):
     gate_up = random_rows((rows, 2 * size), dtype, seed, padding)
     if is_extreme:
         gate_up[:] = random_extremes((rows, 2 * size), dtype, seed)
-    gate_up[:, :size] *= scale
+    else:
+        gate_up[:, :size] *= scale
     layer = SiluAndMul(CPU, dtype)
     assert layer.fused is None
     actual, expected = silu_and_mul(gate_up), layer(gate_up)
