@@ -177,8 +177,8 @@ class _Batch:
         """One walk over the logits: maxima and sums of weights of all blocks, [rows, blocks]; maxima of rows."""
         rows, count = self.rows, len(self.blocks)
         wanted = (rows.temperature > 0) & (self.top_k == 0)  # rows with a top_k do not need the sums
-        # With min_p, blocks and their tokens must be weighed by one and the same exponential: a block could else be drawn
-        # for a token that is then left out.
+        # With min_p, blocks and their tokens must be weighed by one and the same exponential: a block could else be
+        # drawn for a token that is then left out.
         if self.on_cpu and self.sampler.block_sums_kernel is not None and not rows.any_min_p:
             self.maxima, self.sums = self.sampler.block_sums_kernel(self.blocks, self.scale, wanted)
             self.peaks = self.maxima.amax(dim=-1)

@@ -238,7 +238,8 @@ def _team() -> _Team:
     A second set of threads would fight the first for the cores, since threads of OpenMP spin for a while after their
     work is done. Its entry point GOMP_parallel is GNU's, and part of LLVM's and Intel's library too.
     """
-    parallel = size = None
+    parallel: Any = None
+    size: Any = None
     for name in (None, *map(str, (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"))):
         try:  # where torch's own calls end up: with what was loaded for all, else with what torch was linked with
             library = ctypes.CDLL(name)

@@ -223,7 +223,8 @@ def multiply(
     rows, row_bytes = x.shape[0], x.shape[1] * x.element_size()
     if out is None:
         out = new((rows, outputs), dtype)
-    assert out.is_contiguous() and out.dtype == dtype and out.shape == (rows, outputs)
+    assert out.is_contiguous()
+    assert (out.shape, out.dtype) == ((rows, outputs), dtype)
     assert bias is None or bias.dtype == dtype
     panels = packed.shape[0]
     block_rows = BLOCK_BYTES // min(row_bytes, 4 * MAX_DEPTH) // MAX_ROWS * MAX_ROWS

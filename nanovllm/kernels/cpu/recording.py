@@ -170,7 +170,7 @@ class _OnlyViews(TorchDispatchMode):
 
 
 def _memory(values: Any) -> set[int]:
-    """Addresses of the storages of the tensors in ``values``, of which oneDNN's have none."""
+    """Addresses of the storages of the tensors in ``values``. (oneDNN's own have none that can be told.)"""
     tensors = [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
 
