@@ -74,7 +74,7 @@ class TiledWeight(PackedWeight):
     """A bfloat16 weight in the order of our own kernel (``nanovllm/kernels/cpu/linear.py``).
 
     It asks for the next weights while it multiplies these. At 16 rows, where a step is half memory and half arithmetic,
-    a product takes three quarters of oneDNN's time; never more (2 Zen 5 cores).
+    a product takes two thirds of oneDNN's time; never more (2 Zen 5 cores).
     """
 
     def __init__(self, weight: torch.Tensor) -> None:

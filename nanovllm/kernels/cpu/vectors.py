@@ -378,23 +378,42 @@ def _tile_family(
             builder.store(total, _at(builder, target, accumulator), align=4)
         builder.branch(done)
 
+    name = f"tile.{multiply.__name__}.{prefetched}.{prefetched_apart}.{adds}.{min_rows}"
+
     @intrinsic
     def tile(typing_context, rows, a, a_row, b, b_row, b_column, depth, c, c_row, ahead, apart):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            number, *rest = arguments
-            done = builder.append_basic_block("tiles_done")
-            choice = builder.switch(number, done)
-            for rows in range(min_rows, MAX_ROWS + 1):
-                block = builder.append_basic_block(f"tile_of_{rows}")
-                choice.add_case(ir.Constant(_I64, rows), block)
-                builder.position_at_end(block)
-                body(builder, rows, rest, done)
-            builder.position_at_end(done)
+            builder.call(_tile_function(builder.module, name, body, min_rows), arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 11), generate
 
     return tile
+
+
+def _tile_function(module: Any, name: str, body: Callable[..., None], min_rows: int) -> Any:
+    """The LLVM function of a family; declared once a module.
+
+    A function of its own: inlined into a kernel's loops, LLVM would copy it for each condition that is the same
+    throughout a loop.
+    """
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 11), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    number, *arguments = function.args
+    done = builder.append_basic_block("done")
+    choice = builder.switch(number, done)
+    for rows in range(min_rows, MAX_ROWS + 1):
+        block = builder.append_basic_block(f"tile_of_{rows}")
+        choice.add_case(ir.Constant(_I64, rows), block)
+        builder.position_at_end(block)
+        body(builder, rows, arguments, done)
+    builder.position_at_end(done)
+    builder.ret_void()
+    return function
 
 
 # Least rows of a tile when more than MAX_ROWS, or more than twice as many, are cut into tiles of about equal size.
