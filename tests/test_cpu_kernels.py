@@ -20,7 +20,9 @@ if (reason := kernels.why_no_cpu_kernels()) is not None:
 from numba import njit, types
 
 from nanovllm.kernels.cpu import kv_cache, linear, vectors
-from nanovllm.kernels.cpu.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm.kernels.cpu.block_sums import block_sums
+from nanovllm.kernels.cpu.embedding import embedding
+from nanovllm.kernels.cpu.qk_norm_rope_store import _next_block, qk_norm_rope_store
 from nanovllm.kernels.cpu.rms_norm import rms_norm
 from nanovllm.kernels.cpu.silu_and_mul import silu_and_mul
 from nanovllm.layers.activation import SiluAndMul
@@ -147,6 +149,41 @@ def test_powers_of_two_are_exact_to_three_units_in_the_last_place_and_end_as_the
     np.testing.assert_array_equal(exp2(ends), [0, 0, 0, math.inf, math.inf, math.inf, math.nan, 1])
 
 
+def test_rough_powers_of_two_are_good_enough_for_bfloat16() -> None:
+    @njit
+    def exp2_all(source, target):  # type: ignore[no-untyped-def]
+        for i in range(len(source)):
+            target[i] = vectors.rough_exp2(source[i])
+
+    numbers = np.concatenate([np.linspace(-126, 0, 100_003), -np.arange(127.0), [-1e-30, -0.5]]).astype(np.float32)
+    powers = np.zeros_like(numbers)
+    exp2_all(numbers, powers)
+    np.testing.assert_allclose(powers, np.exp2(numbers.astype(np.float64)), rtol=1 / 17_000)
+    assert powers[numbers == 0].tolist() == [1, 1]
+    ends = np.array([-127, -1e30, -math.inf, math.nan], dtype=np.float32)
+    powers = np.zeros_like(ends)
+    exp2_all(ends, powers)
+    np.testing.assert_array_equal(powers, [0, 0, 0, math.nan])
+
+
+def test_quick_rounding_differs_for_denormals_only() -> None:
+    @njit
+    def narrow_all(source, target):  # type: ignore[no-untyped-def]
+        for i in range(len(source)):
+            target[i] = vectors.quickly_narrow(source[i])
+
+    random = np.random.default_rng(0)
+    numbers = random.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    narrowed = np.zeros(len(numbers), dtype=np.uint16)
+    narrow_all(numbers, narrowed)
+    actual = torch.from_numpy(narrowed.view(np.int16)).view(torch.bfloat16)
+    expected = torch.from_numpy(numbers).to(torch.bfloat16)
+    small = torch.from_numpy(numbers).abs() < torch.finfo(torch.float32).tiny
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual[~small].nan_to_num(7), expected[~small].nan_to_num(7))
+    assert ((actual == expected) | (actual == 0))[small].all()
+
+
 # Products
 
 
@@ -219,6 +256,15 @@ def test_rows_of_a_packed_weight_are_those_that_were_packed(outputs, pairs, coun
     ids = torch.randint(outputs, (2 * count,), generator=generator)[::2]
     assert torch.equal(bits(linear.unpack_rows(packed, ids)), bits(weight[ids]))
     assert packed.shape == (-(-outputs // vectors.COLUMNS), pairs, vectors.COLUMNS, 2)
+
+
+@examples(30)
+@given(rows=st.integers(1, 100), size=st.integers(1, 70), count=st.integers(0, 40), dtype=DTYPES, seed=SEEDS)
+def test_rows_of_a_table(rows, size, count, dtype, seed):
+    """To the bit."""
+    table = random_extremes((rows, size), dtype, seed)
+    ids = torch.randint(rows, (2 * count,), generator=torch.Generator().manual_seed(seed))[::2]
+    assert torch.equal(bits(embedding(ids, table)), bits(table[ids]))
 
 
 def test_products_of_a_cuda_device_are_left_to_torch() -> None:
@@ -304,6 +350,30 @@ def test_silu_of_each_extreme_gate_is_torchs() -> None:
         gate_up = torch.stack([gates, torch.ones_like(gates)], dim=1)
         expected = F.silu(gates)[:, None]
         torch.testing.assert_close(silu_and_mul(gate_up), expected, rtol=1e-5, atol=1e-35, equal_nan=True)
+
+
+@examples(60)
+@given(rows=st.integers(0, 7), blocks=st.integers(1, 40), size=st.sampled_from((1, 16, 100, 128)), seed=SEEDS)
+def test_block_sums(rows, blocks, size, seed):
+    """Maxima are exact, sums relative to the row's maximum; of rows that ask for none they are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn((rows, blocks, size), generator=generator) * 8
+    logits[torch.rand(logits.shape, generator=generator) < 0.3] = -math.inf
+    logits[:, 0, 0] = 1.0  # something is allowed
+    scale = torch.rand(rows, generator=generator) * 3
+    wanted = torch.rand(rows, generator=generator) < 0.7
+    maxima, sums = block_sums(logits, scale, wanted)
+    assert torch.equal(maxima, logits.amax(dim=2))
+    relative = (logits - logits.amax(dim=(1, 2), keepdim=True)).double() * scale[:, None, None]
+    expected = torch.exp2(relative).sum(dim=2) * wanted[:, None]
+    torch.testing.assert_close(sums.double(), expected, rtol=2e-5, atol=1e-30)
+
+
+def test_a_logit_that_is_no_number_shows_in_its_row_only() -> None:
+    logits = torch.zeros(3, 4, 16)
+    logits[1, 2, 5] = math.nan
+    maxima, _ = block_sums(logits, torch.ones(3), torch.ones(3, dtype=torch.bool))
+    assert maxima.isnan().nonzero().tolist() == [[1, 2]]
 
 
 # Queries, keys and values
@@ -431,6 +501,55 @@ def test_both_ways_of_storing_write_the_same_bytes(dtype: torch.dtype) -> None:
 
 
 # Threads and memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_threads_do_not_write_to_the_same_pair_of_a_block(number: int, dtype: torch.dtype) -> None:
+    """Prompts of any length, from any place of a block on, in tasks of several tokens."""
+    heads, kv_heads, head_dim, block_size = 1, 2, 8, 16
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 2, 7, 33, 64, 131, 500):
+        blocks = torch.randperm(2 * tokens + 8, generator=generator)
+        slots, rest, used = [], tokens, 0
+        while rest:
+            start, count = (int(torch.randint(1, n, (1,), generator=generator)) for n in (block_size, 64))
+            positions = torch.arange(start, start + min(count, rest))
+            slots.append(blocks[used + positions // block_size] * block_size + positions % block_size)
+            used += 1 + int(positions[-1]) // block_size
+            rest -= len(positions)
+        mapping = torch.cat(slots)
+        qkv = random_rows((tokens, (heads + 2 * kv_heads) * head_dim), dtype, tokens)
+        tables = torch.ones(1, head_dim // 2), torch.zeros(1, head_dim // 2), torch.zeros(tokens, dtype=torch.int64)
+        weight, overflow = torch.ones(head_dim, dtype=dtype), torch.zeros(1, dtype=torch.int32)
+        cache = new_cache(len(blocks), kv_heads, block_size, head_dim, dtype)
+        with threads(number):
+            qk_norm_rope_store(qkv, weight, weight, EPS, *tables, *cache, mapping, overflow, heads, kv_heads)
+        values = kv_cache.plain_values(cache[1], head_dim).transpose(1, 2).flatten(0, 1)
+        assert torch.equal(values[mapping], qkv.unflatten(1, (-1, head_dim))[:, heads + kv_heads :])
+        keys = kv_cache.plain_keys(cache[0]).transpose(1, 2).flatten(0, 1)
+        assert keys[mapping].isfinite().all()
+        is_free = torch.ones(len(values), dtype=torch.bool)
+        is_free[mapping] = False
+        assert values[is_free].isnan().all()
+        assert keys[is_free].isnan().all()
+
+
+@examples(100)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    starts=st.lists(st.integers(0, 40), min_size=8, max_size=8),
+    size=st.integers(1, 16),
+)
+def test_tasks_end_where_blocks_do(lengths, starts, size):
+    """Of whatever size, they take each token once, and no two of them the same block."""
+    rows = enumerate(zip(lengths, starts, strict=False))
+    slots = np.concatenate([1000 * row + np.arange(start, start + length) for row, (length, start) in rows])
+    ends = [_next_block(slots, min(len(slots), first), len(slots), 16) for first in range(0, len(slots) + size, size)]
+    assert (ends[0], ends[-1]) == (0, len(slots))
+    assert ends == sorted(ends)
+    for end in set(ends[1:-1]) - {len(slots)}:
+        assert slots[end] // 16 != slots[end - 1] // 16
 
 
 @pytest.mark.parametrize("number", [2, 5])

@@ -1,6 +1,8 @@
 """Decode steps on the CPU, recorded and replayed: the same tokens, whatever happens meanwhile."""
 
+import _thread
 import gc
+import random
 import sys
 import threading
 import weakref
@@ -372,6 +374,27 @@ def test_an_interrupt_at_any_line_of_a_recording_leaves_everything_as_usual(llm:
             assert len(steps.step.workspace.tiles) == steps.threads == torch.get_num_threads()
         assert steps.is_possible
     assert num_interrupts > 60
+
+
+def test_ctrl_c_at_any_moment_leaves_everything_as_usual(llm: LLM, eager: LLM) -> None:
+    """As it comes: between two instructions of the main thread's, wherever that is."""
+    prompts = [prompt(9), prompt(3, 1)]
+    expected, draw = generate(eager, prompts), random.Random(0)
+    num_interrupts = 0
+    for _ in range(20):
+        timer = threading.Timer(draw.uniform(0, 0.04), _thread.interrupt_main)
+        try:
+            timer.start()
+            while timer.is_alive():
+                steps_of(llm)._start_afresh()
+                generate(llm, prompts)
+            timer.join()
+        except KeyboardInterrupt:
+            num_interrupts += 1
+        timer.join()
+        assert_usual()
+        assert generate(llm, prompts) == expected
+    assert num_interrupts > 15
 
 
 def test_an_interrupt_waits_for_threads_that_are_still_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
