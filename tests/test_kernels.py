@@ -20,6 +20,7 @@ if not torch.cuda.is_available() and not is_interpreted():
 
 from nanovllm.kernels.decode_inputs import decode_inputs, decode_inputs_reference
 from nanovllm.kernels.decode_outputs import decode_outputs, decode_outputs_reference
+from nanovllm.kernels.fused_linear import fused_linear, fused_linear_reference
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_reference
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
@@ -84,6 +85,42 @@ def new_norm(weight: torch.Tensor) -> RMSNorm:
     norm = RMSNorm(weight.shape[0], EPS, weight.dtype, DEVICE)
     norm.weight.data.copy_(weight)
     return norm
+
+
+@examples(100)
+@given(
+    rows=st.integers(0, 4),
+    inputs=st.integers(1, 300),
+    outputs=st.integers(1, 90),
+    dtype=DTYPES,
+    padding=st.sampled_from((0, 1, 16)),
+    kind=st.sampled_from(("plain", "bias", "norm", "norm bias", "residual", "bias residual", "norm gated", "gated")),
+    seed=SEEDS,
+)
+@example(rows=2, inputs=5000, outputs=3, dtype=torch.float16, padding=0, kind="norm gated", seed=0)
+def test_fused_linear(rows, inputs, outputs, dtype, padding, kind, seed):
+    """Rounds where separate operations do, and writes each output of each row."""
+    x = random_rows((rows, inputs), dtype, seed, padding)
+    gated = "gated" in kind
+    weight = random_rows((outputs * (2 if gated else 1), inputs), dtype, seed + 1) * inputs**-0.5
+    bias = random_rows((outputs,), dtype, seed + 2) if "bias" in kind else None
+    norm = random_rows((inputs,), dtype, seed + 3) if "norm" in kind else None
+    residual = random_rows((rows, outputs), dtype, seed + 4, 2 * padding) if "residual" in kind else None
+    actual = fused_linear(x, weight, bias, norm, EPS, residual, gated)
+    exact = [None if one is None else one.float() for one in (x, weight, bias, norm, residual)]
+    expected = fused_linear_reference(*exact[:4], EPS, exact[4], gated)
+    assert actual.dtype == dtype
+    assert actual.shape == (rows, outputs)
+    tolerance = {torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.25}[dtype]
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_fused_linear_gives_a_row_the_same_whatever_rows_are_beside_it():
+    x, weight = random_rows((4, 256), torch.float16, 0), random_rows((100, 256), torch.float16, 1)
+    norm, residual = random_rows((256,), torch.float16, 2), random_rows((4, 100), torch.float16, 3)
+    together = fused_linear(x, weight, None, norm, EPS, residual)
+    alone = [fused_linear(x[row : row + 1], weight, None, norm, EPS, residual[row : row + 1]) for row in range(4)]
+    assert_identical(together, torch.cat(alone))
 
 
 @examples(150)

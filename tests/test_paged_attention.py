@@ -22,7 +22,7 @@ from nanovllm.attention import BACKENDS, AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata, DecodeMetadata
 from nanovllm.attention.flash_attn import FlashAttention
 from nanovllm.attention.triton import TritonAttention
-from nanovllm.kernels import paged_decode, paged_prefill, store_kv
+from nanovllm.kernels import decode_few_rows, paged_decode, paged_prefill, store_kv
 from nanovllm.kernels.paged_decode import plan_decode
 from nanovllm.kernels.paged_prefill import plan_prefill
 from tests.test_attention import SPEC, Case, Row, Simulation, assert_close, naive
@@ -177,7 +177,7 @@ class TestDecode:
         work = plan_decode(int32(contexts), int32([0, 1, 2]), None, 1504, 2, 1, 64)
         if DEVICE.type == "cpu":
             longest = (work.items[3] - work.items[2])[: int(work.first_items[-1])].max()
-            assert longest >= 500 if programs == 1 else longest == paged_decode.TILE
+            assert longest >= 500 if programs == 1 else longest == paged_decode.MIN_CHUNK
         q, out = cache.queries(3, apart=False), torch.empty(3, 2, 64, device=DEVICE)
         paged_decode.paged_decode(q, cache.keys, cache.values, cache.tables, work, 0.125, out)
         expected = torch.cat([naive(q[i : i + 1].cpu(), cache.k[i].cpu(), cache.v[i].cpu()) for i in range(3)])
@@ -201,6 +201,65 @@ class TestDecode:
         assert (out == 7.0).all()
 
 
+class TestDecodeOfFewRows:
+    """The step's own keys and values computed and stored beside."""
+
+    @few
+    @given(data=st.data(), shape=shapes, seed=st.integers(0, 100), apart=st.booleans())
+    def test_equals_separate_kernels(self, data: st.DataObject, shape: Shape, seed: int, apart: bool) -> None:
+        if shape.num_heads // shape.num_kv_heads > decode_few_rows.MOST_GROUP:
+            return
+        contexts = data.draw(st.lists(st.one_of(st.just(0), edges(shape.block_size)), min_size=1, max_size=4))
+        cache, also = Cache(shape, contexts, seed), Cache(shape, contexts, seed)
+        rows = torch.randperm(len(contexts), generator=cache.random).tolist()  # row i reads line rows[i]
+        own = [contexts[line] for line in rows]
+        size, heads, kv_heads = shape.block_size, shape.num_heads, shape.num_kv_heads
+        targets = [
+            int(cache.tables[line, (n - 1) // size]) * size + (n - 1) % size if n else -1
+            for line, n in zip(rows, own, strict=True)
+        ]
+        for one in (cache, also):
+            for target in targets:
+                if target >= 0:  # the step writes them
+                    one.keys[target // size, :, target % size] = math.nan
+                    one.values[target // size, :, target % size] = math.nan
+        qkv = cache.tensor(len(rows), heads + 2 * kv_heads + apart).flatten(1)
+        qkv = qkv[:, : (heads + 2 * kv_heads) * shape.head_dim]
+        norms = [cache.tensor(1, 1)[0, 0] for _ in range(2)]
+        angles = torch.rand(400, shape.head_dim // 2, generator=cache.random).to(DEVICE) * 6.28
+        positions = torch.tensor([max(n - 1, 0) for n in own], device=DEVICE)
+        given_ = (*norms, 1e-6, angles.cos(), angles.sin(), positions)
+        slots = int32([line if contexts[line] else -1 for line in rows])
+        work = plan_decode(
+            int32(own), slots, None, 400, heads, kv_heads, shape.head_dim, item_tokens=decode_few_rows.TILE
+        )
+        slot_mapping = torch.tensor(targets, device=DEVICE)
+        results = []
+        for kernel, one in (
+            (decode_few_rows.decode_few_rows, cache),
+            (decode_few_rows.decode_few_rows, cache),  # what it leaves behind is what it needs
+            (decode_few_rows.decode_few_rows_reference, also),
+        ):
+            stored = (one.keys, one.values, slot_mapping, one.tables, work)
+            results.append(kernel(qkv, *given_, *stored, shape.head_dim**-0.5, heads, kv_heads))
+        assert torch.equal(results[0], results[1])
+        assert_near(results[0], results[2], shape.dtype)
+        for mine, other in ((cache.keys, also.keys), (cache.values, also.values)):
+            assert_near(mine.nan_to_num(7.0), other.nan_to_num(7.0), shape.dtype)
+        for row, context in enumerate(own):
+            assert context or not results[0][row].any()
+
+    def test_one_tile_an_item(self) -> None:
+        work = plan_decode(int32([1000, 0, 65]), int32([0, -1, 2]), None, 4096, 4, 2, 64, item_tokens=64)
+        items = work.items[:, : int(work.first_items[-1])].T.tolist()
+        assert [(token, start, end) for token, _, start, end, *_ in items] == [
+            *((0, start, min(start + 64, 1000)) for start in range(0, 1000, 64)),
+            (1, 0, 0),
+            (2, 0, 64),
+            (2, 64, 65),
+        ]
+
+
 class TestDecodePlan:
     """Each token of each row belongs to one item, and the items are of similar size."""
 
@@ -217,9 +276,10 @@ class TestDecodePlan:
         for row, context in enumerate(contexts):
             own = items[firsts[row] : firsts[row + 1]]
             covered = 0
-            for token, slot, start, end, parts in own:
-                assert (token, slot, parts) == (tokens[row], slots[row], len(own))
-                assert start == covered < end
+            for token, slot, start, end, first, parts in own:
+                assert (token, slot, first, parts) == (tokens[row], slots[row], firsts[row], len(own))
+                assert start == covered
+                assert start < end or context == 0
                 assert start % paged_decode.TILE == 0
                 covered = end
             assert covered == context
@@ -237,7 +297,7 @@ class TestDecodePlan:
     @pytest.mark.parametrize("rows", [1, 64, 65, 1024, 1025, 2100])
     def test_any_number_of_rows(self, rows: int, context: int) -> None:
         items = self.check([context] * rows, 4096)
-        assert len(items) >= rows * (context > 0)
+        assert len(items) >= rows
 
     def test_capacity_is_bounded_by_the_longest_context(self) -> None:
         work = plan_decode(int32([100]), int32([0]), None, 128, 4, 2, 64)
@@ -245,13 +305,13 @@ class TestDecodePlan:
 
     def test_one_long_row_among_short_ones_is_split(self) -> None:
         items = self.check([10] * 30 + [100_000] + [7] * 30, 100_000)
-        longest = max(end - start for _, _, start, end, _ in items)
-        target = paged_decode._multiprocessors(DEVICE) * paged_decode.ITEMS_PER_SM // 2
-        assert longest <= 100_510 / target + 2 * paged_decode.TILE
+        longest = max(end - start for _, _, start, end, *_ in items)
+        target = paged_decode.multiprocessors(DEVICE) * paged_decode.ITEMS_PER_SM // 2
+        assert longest <= max(100_510 / target + paged_decode.TILE, paged_decode.CHUNK) + paged_decode.TILE
 
     def test_little_work_is_for_one_program_a_place(self) -> None:
         """What each multiprocessor holds at a time is enough of items."""
-        places = paged_decode._multiprocessors(DEVICE) * paged_decode.RESIDENT // 2
+        places = paged_decode.multiprocessors(DEVICE) * paged_decode.RESIDENT // 2
         assert len(self.check([places * 128], places * 128)) == places
         assert len(self.check([64], 4096)) == 1
 

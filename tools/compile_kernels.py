@@ -87,7 +87,10 @@ def _compile_case(module: str, case: dict[str, Any], arch: int) -> Compiled:
         for index, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or (kind in ("i32", "i64") and "stride" in name)
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=case["constexprs"], attrs=attributes)
+    constexprs = dict(case["constexprs"])
+    if "OVERLAPS" in constexprs:  # as kernels.dependent_launch has it
+        constexprs["OVERLAPS"] = arch >= 90
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, local = _resources(result.asm["cubin"])

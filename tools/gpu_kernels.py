@@ -72,6 +72,8 @@ def check_kernels(check: Check) -> None:
         label = str(dtype).removeprefix("torch.")
         cases = [*dense_cases(shape, dtype, check.device, shape.rows)]
         cases += dense_cases(shape, dtype, check.device, shape.tokens)
+        for rows in (1, 4):
+            cases += linear_cases(shape, dtype, check.device, rows)
         cases += [*sampling_cases(shape, dtype, check.device), *attention_cases(check, dtype)]
         if dtype != torch.float32:  # they hold integers: once is enough
             cases += table_cases(shape, check.device)
@@ -197,6 +199,39 @@ def dense_cases(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: 
         lambda _, given: [given[2], given[3]],
         2 * tokens * shape.kv_bytes(dtype),
     )
+
+
+def linear_cases(shape: Shape, dtype: torch.dtype, device: torch.device, rows: int) -> Iterator[Case]:
+    """The four products of a layer, as a step of few rows has them."""
+    from nanovllm.kernels import fused_linear
+
+    attended = shape.heads * shape.head_dim
+    projected = attended + 2 * shape.kv_heads * shape.head_dim
+    for name, inputs, outputs, normed, gated in (
+        ("qkv", shape.hidden, projected, True, False),
+        ("o", attended, shape.hidden, False, False),
+        ("gate_up", shape.hidden, 2 * shape.intermediate, True, True),
+        ("down", shape.intermediate, shape.hidden, False, False),
+    ):
+
+        def make(
+            g: torch.Generator, inputs: int = inputs, outputs: int = outputs, normed: bool = normed, gated: bool = gated
+        ) -> tuple[Any, ...]:
+            def random(*size: int) -> torch.Tensor:
+                return torch.randn(size, generator=g, device=device).to(dtype)
+
+            weight = random(outputs, inputs) * inputs**-0.5
+            norm = random(inputs) if normed else None
+            return random(rows, inputs), weight, None, norm, EPS, None if normed else random(rows, outputs), gated
+
+        yield Case(
+            f"fused_linear {name} {rows}",
+            fused_linear.fused_linear,
+            fused_linear.fused_linear_reference,
+            make,
+            lambda returned, _: [returned],
+            inputs * outputs * dtype.itemsize,
+        )
 
 
 # ------------------------------------------------------------------------------------- sampling, and tables

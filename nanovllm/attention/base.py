@@ -135,6 +135,14 @@ class AttentionStep(ABC):
         """How to write the layer's keys and values before :meth:`attend_cached`; None: :meth:`attend` does both."""
         return None
 
+    def fused_attend(self, layer: int) -> "Callable[..., torch.Tensor] | None":
+        """What takes a layer's projection to :meth:`attend`'s result in one kernel; None where there is nothing such.
+
+        It is called with qkv [tokens, (num_heads + 2 * num_kv_heads) * head_dim], the weights of the queries' and keys'
+        norms and their eps, cosines, sines and positions as in ``Rotation``, and the numbers of heads.
+        """
+        return None
+
     def attend_cached(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """:meth:`attend`, once the step's keys and values have been written by :meth:`fused_store`."""
         raise NotImplementedError(f"{type(self).__name__} writes keys and values itself")

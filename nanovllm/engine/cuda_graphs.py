@@ -81,6 +81,7 @@ class CudaCapture:
             graph = self._begin()
             torch.zeros(1, device="cuda")
             graph.capture_end()
+        self.pool = torch.cuda.graph_pool_handle()  # that graph's is gone with it
 
 
 class DecodeGraphs:

@@ -22,6 +22,8 @@ FEATURES = (
     "rms_norm",
     "silu_and_mul",
     "qk_norm_rope_store",
+    "fused_linear",
+    "decode_few_rows",
     "decode_inputs",
     "decode_outputs",
     "sample",
@@ -29,6 +31,9 @@ FEATURES = (
     "graphs",
     "overlap",
 )
+# Rows up to which a step is a matter of reading weights, and has kernels of its own (``fused_linear``,
+# ``decode_few_rows``).
+FEW_ROWS = 4
 GROUPS = {"batch_state": ("decode_inputs", "decode_outputs")}  # a name for several
 
 # Kernels there are for the CPU, and the dtypes they are for. (Attention: the backend ``cpu``.)

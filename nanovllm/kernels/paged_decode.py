@@ -17,17 +17,19 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import is_interpreted
+from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
 
-# Tokens of keys and values loaded at a time. 64 rows are the least that a warp group multiplies at once (wgmma).
-TILE = 64
+# Tokens of keys and values loaded at a time.
+TILE = 32
 # The same of float32, which tensor cores do not multiply exactly: products of larger tiles exceed the registers.
 EXACT_TILE = 16
 # Programs that a multiprocessor runs at a time: as many as fit its shared memory. Little work is cut into items for so
 # many, which then all run at once.
 RESIDENT = 2
-# Tokens of an item where there is more work: enough that its start, some loads that wait for each other, is a small
-# part of its time, and so little that the last items end at about the same time.
-CHUNK = 256
+# Tokens of an item where there is more work: so many that its start, some loads that wait for each other, and its end,
+# where partial results are combined, are a small part of its time; and so few that the last items end at about the same
+# time. Of 256 contexts of 600 on average, an H200 reads 2.7 TB/s in items of 256, 3.9 TB/s in items of 1024.
+CHUNK = 1024
 # Fewest tokens of an item.
 MIN_CHUNK = 64
 # Most items times heads for a multiprocessor, beside one a row: it bounds the memory that partial results take.
@@ -37,16 +39,17 @@ ITEMS_PER_SM = 48
 PROGRAMS_PER_SM = 4
 NUM_WARPS = 4
 NUM_STAGES = 3
-# Partial results that the second kernel combines at a time.
-REDUCE_TILE = 16
+# Partial results of a head that are combined at a time.
+REDUCE_TILE = 32
 
 # Rows of DecodeWork.items.
 _TOKEN = tl.constexpr(0)
 _SLOT = tl.constexpr(1)
 _START = tl.constexpr(2)
 _END = tl.constexpr(3)
-_PARTS = tl.constexpr(4)
-_FIELDS = 5
+_FIRST = tl.constexpr(4)
+_PARTS = tl.constexpr(5)
+_FIELDS = 6
 
 _LOG2_E = 1.4426950408889634
 
@@ -91,7 +94,7 @@ def _plan_kernel(
         # A row's items are of equal length, rather than full ones and a rest.
         most = tl.maximum(tl.cdiv(context, chunk), 1)
         length = tl.maximum(tl.cdiv(tl.cdiv(context, most), TILE) * TILE, TILE)
-        parts = tl.cdiv(context, length)
+        parts = tl.maximum(tl.cdiv(context, length), 1)  # a row without a context gets zeros
         before = taken + tl.cumsum(parts, 0) - parts
         tl.store(first_items + row, before, mask=inside)
         for first_part in range(0, tl.max(parts, axis=0), WIDTH):
@@ -99,14 +102,52 @@ def _plan_kernel(
             item = before[:, None] + part  # [ROWS, WIDTH]
             start = part * length[:, None]
             end = tl.minimum(start + length[:, None], context[:, None])
-            mask = (part < parts[:, None]) & (item < capacity)
+            mask = (part < parts[:, None]) & (item < capacity) & inside[:, None]
             tl.store(items + _TOKEN * capacity + item, tl.broadcast_to(token[:, None], (ROWS, WIDTH)), mask=mask)
             tl.store(items + _SLOT * capacity + item, tl.broadcast_to(slot[:, None], (ROWS, WIDTH)), mask=mask)
             tl.store(items + _START * capacity + item, start, mask=mask)
             tl.store(items + _END * capacity + item, end, mask=mask)
+            tl.store(items + _FIRST * capacity + item, tl.broadcast_to(before[:, None], (ROWS, WIDTH)), mask=mask)
             tl.store(items + _PARTS * capacity + item, tl.broadcast_to(parts[:, None], (ROWS, WIDTH)), mask=mask)
-        taken += tl.sum(parts, axis=0)
+        taken += tl.sum(tl.where(inside, parts, 0), axis=0)
     tl.store(first_items + rows, taken)
+
+
+@triton.jit
+def combine(
+    partial_out,
+    partial_lse,
+    first,
+    parts,
+    head,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    dim,
+    TILE: tl.constexpr,
+):
+    """What a head attends to, float32 [dim], from the results of the ``parts`` items that begin with ``first``."""
+    largest = float("-inf")
+    total = 0.0
+    attended = tl.zeros(dim.shape, dtype=tl.float32)
+    for first_part in range(0, parts, TILE):
+        part = first_part + tl.arange(0, TILE)
+        inside = part < parts
+        place = (first + part) * HEADS + head
+        # From the second-level cache: other multiprocessors have written them.
+        lse = tl.load(partial_lse + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        partial = tl.load(
+            partial_out + place[:, None] * HEAD_DIM + dim[None, :],
+            mask=inside[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_largest = tl.maximum(largest, tl.max(lse, axis=0))
+        weights = tl.exp2(lse - new_largest)
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(weights, axis=0)
+        attended = attended * shrink + tl.sum(partial * weights[:, None], axis=0)
+        largest = new_largest
+    return attended / total
 
 
 @triton.jit(do_not_specialize=["rows", "capacity", "table_stride"])
@@ -120,6 +161,7 @@ def _decode_kernel(
     out,
     partial_out,
     partial_lse,
+    arrivals,
     rows,
     capacity,
     table_stride,
@@ -135,7 +177,11 @@ def _decode_kernel(
     PADDED_GROUP: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,
+    REDUCE_TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
     # Everything is transposed, [tokens, queries]: tokens fill the 64 rows of a product, the few queries of a group
     # would leave most of them empty.
     dim = tl.arange(0, PADDED_DIM)
@@ -154,6 +200,7 @@ def _decode_kernel(
         slot = tl.load(items + _SLOT * capacity + item).to(tl.int64)
         start = tl.load(items + _START * capacity + item)
         end = tl.load(items + _END * capacity + item)
+        first_item = tl.load(items + _FIRST * capacity + item).to(tl.int64)
         parts = tl.load(items + _PARTS * capacity + item)
         head = kv_head * GROUP + number
         inside = head[None, :] * HEAD_DIM + dim[:, None]
@@ -166,7 +213,7 @@ def _decode_kernel(
         # Blocks are looked up a tile ahead: a look-up that keys wait for in the same round would keep Triton from
         # loading tiles ahead of their use.
         if whole:
-            block = tl.load(table + start // BLOCK_SIZE)
+            block = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0)
         else:
             block = tl.load(table + (start + lane) // BLOCK_SIZE, mask=start + lane < end, other=0)
         for first in range(start, end, TILE):
@@ -193,65 +240,28 @@ def _decode_kernel(
             largest = new_largest
 
         total = tl.sum(sums, axis=0)
-        attended = attended / total[None, :]
+        attended = attended / tl.where(end > start, total, 1.0)[None, :]
+        line = out + token * (KV_HEADS * GROUP * HEAD_DIM)
         if parts == 1:
-            target = out + token * (KV_HEADS * GROUP * HEAD_DIM) + inside
-            tl.store(target, attended.to(out.dtype.element_ty), mask=real)
+            tl.store(line + inside, attended.to(out.dtype.element_ty), mask=real)
         else:
             wide = item.to(tl.int64) * (KV_HEADS * GROUP)
             tl.store(partial_out + wide * HEAD_DIM + inside, attended, mask=real)
             tl.store(partial_lse + wide + head, largest + tl.log2(total), mask=number < GROUP)
-
-
-@triton.jit
-def _reduce_kernel(
-    partial_out,
-    partial_lse,
-    first_items,
-    tokens,
-    out,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    HAS_TOKENS: tl.constexpr,
-):
-    head = tl.program_id(0)
-    row = tl.program_id(1)
-    first = tl.load(first_items + row)
-    end = tl.load(first_items + row + 1)
-    if end - first == 1:  # written already
-        return
-    token = row.to(tl.int64)
-    if HAS_TOKENS:
-        token = tl.load(tokens + row).to(tl.int64)
-    dim = tl.arange(0, PADDED_DIM)
-    real_dim = dim < HEAD_DIM
-    largest = float("-inf")
-    total = 0.0
-    attended = tl.zeros([PADDED_DIM], dtype=tl.float32)
-    for first_part in range(first, end, TILE):
-        item = (first_part + tl.arange(0, TILE)).to(tl.int64)
-        inside = item < end
-        lse = tl.load(partial_lse + item * HEADS + head, mask=inside, other=float("-inf"))
-        partial = tl.load(
-            partial_out + (item * HEADS + head)[:, None] * HEAD_DIM + dim[None, :],
-            mask=inside[:, None] & real_dim[None, :],
-            other=0.0,
-        )
-        new_largest = tl.maximum(largest, tl.max(lse, axis=0))
-        weights = tl.exp2(lse - new_largest)
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(weights, axis=0)
-        attended = attended * shrink + tl.sum(partial * weights[:, None], axis=0)
-        largest = new_largest
-    attended = attended / tl.where(end > first, total, 1.0)  # a row without a context gives zeros
-    target = out + (token * HEADS + head) * HEAD_DIM + dim
-    tl.store(target, attended.to(out.dtype.element_ty), mask=real_dim)
+            tl.debug_barrier()  # the whole program has stored, before any of it says so
+            arrival = arrivals + first_item * KV_HEADS + kv_head
+            if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == parts - 1:  # the last one: all others are there
+                tl.store(arrival, 0)  # for the next layer
+                for member in range(GROUP):
+                    own = kv_head * GROUP + member
+                    combined = combine(
+                        partial_out, partial_lse, first_item, parts, own, KV_HEADS * GROUP, HEAD_DIM, dim, REDUCE_TILE
+                    )
+                    tl.store(line + own * HEAD_DIM + dim, combined.to(out.dtype.element_ty), mask=real_dim)
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4  # interpreted: enough that work is split
@@ -263,12 +273,14 @@ class DecodeWork:
 
     Args:
         rows: Rows of the step.
-        items: [5, capacity], int32: each item's token of the step, line of the block tables, first position, end, and
-            the number of items of its row; there are as many as ``first_items`` ends with.
+        items: [6, capacity], int32: each item's token of the step, line of the block tables, first position, end, the
+            first item of its row, and how many the row has; there are as many as ``first_items`` ends with.
         first_items: [rows + 1], int32: each row's first item; row i has those up to the next row's.
         tokens: [rows], int32: each row's token in the step; None if row i is token i.
         partial_out: [capacity, num_heads, head_dim], float32.
         partial_lse: [capacity, num_heads], float32: binary logarithm of the sum of the unscaled weights.
+        arrivals: [capacity, num_kv_heads], int32: at a row's first item, how many of its items are done; zeros between
+            the layers.
     """
 
     rows: int
@@ -277,6 +289,7 @@ class DecodeWork:
     tokens: torch.Tensor | None
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
+    arrivals: torch.Tensor
 
 
 def plan_decode(
@@ -287,6 +300,7 @@ def plan_decode(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    item_tokens: int | None = None,
 ) -> DecodeWork:
     """Cut the contexts of a step's decode rows into items of about equal length, for all layers.
 
@@ -298,12 +312,16 @@ def plan_decode(
         num_heads: Query heads.
         num_kv_heads: Key-value heads.
         head_dim: Elements of a head.
+        item_tokens: Of all items but the last of a row, whatever work there is; a multiple of ``TILE``.
     """
     rows, device = context_lengths.shape[0], context_lengths.device
-    multiprocessors = _multiprocessors(device)
-    most = max(1, multiprocessors * ITEMS_PER_SM // num_kv_heads)
-    # Rounding up adds at most an item a row.
-    capacity = max(1, min(most + rows, rows * -(-max_context // MIN_CHUNK)))
+    processors = multiprocessors(device)
+    if item_tokens is None:
+        shortest, longest, most = MIN_CHUNK, CHUNK, max(1, processors * ITEMS_PER_SM // num_kv_heads)
+    else:
+        shortest, longest, most = item_tokens, item_tokens, rows * max(1, -(-max_context // item_tokens))
+    # Rounding up adds at most an item a row, and each row has one.
+    capacity = max(1, min(most + rows, rows * max(1, -(-max_context // shortest))))
     work = DecodeWork(
         rows=rows,
         items=torch.empty(_FIELDS, capacity, dtype=torch.int32, device=device),
@@ -311,6 +329,7 @@ def plan_decode(
         tokens=tokens,
         partial_out=torch.empty(capacity, num_heads, head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(capacity, num_heads, dtype=torch.float32, device=device),
+        arrivals=torch.zeros(capacity, num_kv_heads, dtype=torch.int32, device=device),
     )
     if rows > 0:
         few = rows <= 64
@@ -322,11 +341,11 @@ def plan_decode(
             work.first_items,
             rows,
             capacity,
-            max(1, multiprocessors * RESIDENT // num_kv_heads),
+            max(1, processors * RESIDENT // num_kv_heads),
             most,
-            TILE=TILE,
-            MIN_CHUNK=MIN_CHUNK,
-            CHUNK=CHUNK,
+            TILE=TILE if item_tokens is None else item_tokens,
+            MIN_CHUNK=shortest,
+            CHUNK=longest,
             HAS_TOKENS=tokens is not None,
             ROWS=64 if few else 1024,
             WIDTH=16 if few else 2,
@@ -363,7 +382,7 @@ def paged_decode(
     capacity, group = work.items.shape[1], heads // kv_heads
     padded_group = max(16, triton.next_power_of_2(group))
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    programs = min(capacity * kv_heads, _multiprocessors(q.device) * PROGRAMS_PER_SM + work.rows * kv_heads)
+    programs = min(capacity * kv_heads, multiprocessors(q.device) * PROGRAMS_PER_SM + work.rows * kv_heads)
     _decode_kernel[(programs,)](
         q,
         keys,
@@ -374,6 +393,7 @@ def paged_decode(
         out,
         work.partial_out,
         work.partial_lse,
+        work.arrivals,
         work.rows,
         capacity,
         block_tables.stride(0),
@@ -388,20 +408,9 @@ def paged_decode(
         HEAD_DIM=head_dim,
         PADDED_GROUP=padded_group,
         PADDED_DIM=padded_dim,
+        REDUCE_TILE=REDUCE_TILE,
         **_variant(q.dtype, padded_group, padded_dim),
-    )
-    _reduce_kernel[(heads, work.rows)](
-        work.partial_out,
-        work.partial_lse,
-        work.first_items,
-        work.tokens,
-        out,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_dim,
-        TILE=REDUCE_TILE,
-        HAS_TOKENS=work.tokens is not None,
-        num_warps=4,
+        **launch_options(q.device),
     )
 
 
@@ -419,10 +428,10 @@ def paged_decode_reference(
     firsts = work.first_items.tolist()
     for row in range(work.rows):
         token = row if work.tokens is None else int(work.tokens[row])
-        if firsts[row] == firsts[row + 1]:
+        slot, end = work.items[_SLOT.value, firsts[row]], int(work.items[_END.value, firsts[row + 1] - 1])
+        if end == 0:
             out[token] = 0
             continue
-        slot, end = work.items[_SLOT.value, firsts[row]], int(work.items[_END.value, firsts[row + 1] - 1])
         blocks = block_tables[slot, : -(-end // keys.shape[2])].long()
         # [kv_heads, context, head_dim], then a copy of each for every query head
         key, value = (x[blocks].transpose(0, 1).flatten(1, 2)[:, :end].to(exact) for x in (keys, values))
@@ -435,9 +444,7 @@ def _variant(dtype: torch.dtype, padded_group: int, padded_dim: int) -> dict[str
     """How the kernel is compiled, so that neither registers nor shared memory run out."""
     if dtype == torch.float32 and not is_interpreted():  # which is as slow with small tiles as with large
         return {"TILE": EXACT_TILE, "num_warps": 4 if padded_dim <= 128 else 8, "num_stages": 3}
-    large = padded_group >= 64 or padded_dim > 128
-    tile = TILE // 2 if large else TILE
-    return {"TILE": tile, "num_warps": NUM_WARPS if padded_group < 64 else 8, "num_stages": NUM_STAGES}
+    return {"TILE": TILE, "num_warps": NUM_WARPS if padded_group < 64 else 8, "num_stages": NUM_STAGES}
 
 
 def compile_cases() -> list[dict[str, Any]]:
@@ -480,7 +487,7 @@ def compile_cases() -> list[dict[str, Any]]:
         case(
             _decode_kernel,
             f"decode {dtype} {kv_heads}x{group}x{head_dim}, blocks of {block_size}",
-            {**tensors, "block_tables": "*i32", "items": "*i32", "first_items": "*i32"},
+            {**tensors, **dict.fromkeys(("block_tables", "items", "first_items", "arrivals"), "*i32")},
             {"rows": "i32", "capacity": "i32", "table_stride": "i32", "scale_log2": "fp32"},
             Q_STRIDE=kv_heads * (group + 2) * head_dim,
             BLOCK_STRIDE=kv_heads * block_size * head_dim,
@@ -492,19 +499,8 @@ def compile_cases() -> list[dict[str, Any]]:
             HEAD_DIM=head_dim,
             PADDED_GROUP=padded_group,
             PADDED_DIM=padded_dim,
+            REDUCE_TILE=REDUCE_TILE,
+            OVERLAPS=False,
             **_variant(torch.float32 if dtype == "fp32" else torch.bfloat16, padded_group, padded_dim),
         )
-    case(
-        _reduce_kernel,
-        "reduce",
-        {**partials, "first_items": "*i32", "tokens": "*i32", "out": "*bf16"},
-        {},
-        HEADS=16,
-        HEAD_DIM=128,
-        PADDED_DIM=128,
-        TILE=REDUCE_TILE,
-        HAS_TOKENS=True,
-        num_warps=4,
-        num_stages=3,
-    )
     return cases

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
 from nanovllm.kernels.rms_norm import rms_norm_reference
 
 
@@ -55,8 +56,11 @@ def _qk_norm_rope_store_kernel(
     HALF_TILE: tl.constexpr,
     Q_TILE: tl.constexpr,
     KV_TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A program does one token's queries of ``Q_TILE`` heads, or its keys and values of ``KV_TILE`` heads."""
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
     half: tl.constexpr = HEAD_DIM // 2
     q_groups: tl.constexpr = (HEADS + Q_TILE - 1) // Q_TILE
     token = tl.program_id(0).to(tl.int64)
@@ -169,6 +173,7 @@ def qk_norm_rope_store(
             HEAD_DIM=head_dim,
             BLOCK_SIZE=keys.shape[2],
             **sizes,
+            **launch_options(qkv.device),
             num_warps=num_warps,
         )
     return q
@@ -234,6 +239,7 @@ def compile_cases() -> list[dict[str, Any]]:
     ):
         sizes, num_warps = _launch_sizes(heads, kv_heads, head_dim)
         constexprs = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16, **sizes}
+        constexprs["OVERLAPS"] = False
         strides = [f"{name}_{dim}_stride" for name in ("keys", "values") for dim in ("block", "head", "token")]
         cases.append(
             {

@@ -3,9 +3,12 @@
 (Qwen3 Technical Report, 2025, https://arxiv.org/abs/2505.09388.)
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
+from nanovllm import kernels
 from nanovllm.attention.base import AttentionStep
 from nanovllm.layers.activation import get_activation
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
@@ -53,18 +56,24 @@ class Qwen3Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
     def forward(self, hidden: torch.Tensor, rotation: Rotation, attention: AttentionStep) -> torch.Tensor:
+        return self.o_proj(self.attend(self.qkv_proj(hidden), rotation, attention))
+
+    def attend(self, qkv: torch.Tensor, rotation: Rotation, attention: AttentionStep) -> torch.Tensor:
+        """Projected [tokens, this rank's q, k and v] -> what its query heads attend to, [tokens, heads * head_dim]."""
         heads, kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        qkv = self.qkv_proj(hidden)
+        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        tables = rotation.cos, rotation.sin, rotation.positions
+        attend = attention.fused_attend(self.layer)
+        if attend is not None:
+            return attend(qkv, *norms, *tables, num_heads=heads, num_kv_heads=kv_heads).flatten(1)
         fused = attention.fused_store(self.layer)
         if fused is not None:
-            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-            tables = rotation.cos, rotation.sin, rotation.positions
             q = fused.kernel(qkv, *norms, *tables, *fused.target, heads, kv_heads)
-            return self.o_proj(attention.attend_cached(self.layer, q).flatten(1))
+            return attention.attend_cached(self.layer, q).flatten(1)
         q, k, v = qkv.view(-1, heads + 2 * kv_heads, self.head_dim).split((heads, kv_heads, kv_heads), dim=1)
         q = apply_rotary(self.q_norm(q), *rotation.rows())  # [tokens, heads, head_dim]
         k = apply_rotary(self.k_norm(k), *rotation.rows())
-        return self.o_proj(attention.attend(self.layer, q, k, v).flatten(1))
+        return attention.attend(self.layer, q, k, v).flatten(1)
 
 
 class Qwen3MLP(nn.Module):
@@ -96,6 +105,8 @@ class Qwen3DecoderLayer(nn.Module):
         self.self_attn = Qwen3Attention(config, layer, parallel, dtype, device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.mlp = Qwen3MLP(config, parallel, dtype, device)
+        # Several ranks add up the products of theirs before the residual stream is added.
+        self.fused_linear = kernels.load("fused_linear", device, dtype) if parallel.size == 1 else None
 
     def forward(
         self,
@@ -103,11 +114,30 @@ class Qwen3DecoderLayer(nn.Module):
         residual: torch.Tensor | None,
         rotation: Rotation,
         attention: AttentionStep,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stream is ``hidden + residual`` before and after; ``hidden`` alone where ``residual`` is None."""
+        if self.fused_linear is not None and residual is None and hidden.shape[0] <= kernels.FEW_ROWS:
+            return self._forward_few_rows(self.fused_linear, hidden, rotation, attention), None
         hidden, residual = self.input_layernorm.add(hidden, residual)
         hidden = self.self_attn(hidden, rotation, attention)
         hidden, residual = self.post_attention_layernorm.add(hidden, residual)
         return self.mlp(hidden), residual
+
+    def _forward_few_rows(
+        self,
+        fused_linear: Callable[..., torch.Tensor],
+        stream: torch.Tensor,
+        rotation: Rotation,
+        attention: AttentionStep,
+    ) -> torch.Tensor:
+        """The same with the norms, the gate and the residual additions inside the products' kernels."""
+        attn, mlp, norms = self.self_attn, self.mlp, (self.input_layernorm, self.post_attention_layernorm)
+        first, second = ({"norm_weight": norm.weight, "eps": norm.eps} for norm in norms)
+        qkv = fused_linear(stream, attn.qkv_proj.weight, attn.qkv_proj.bias, **first)
+        attended = attn.attend(qkv, rotation, attention)
+        stream = fused_linear(attended, attn.o_proj.weight, attn.o_proj.bias, residual=stream)
+        gated = fused_linear(stream, mlp.gate_up_proj.weight, **second, gated=True)
+        return fused_linear(gated, mlp.down_proj.weight, residual=stream)
 
 
 class Qwen3Model(nn.Module):

@@ -1,0 +1,191 @@
+"""A linear layer of few rows with what surrounds it: the norm before it, the gate or the residual stream behind it.
+
+With few rows a step is a matter of reading the weights. Every program asks for its part of the weight first, all of it
+at once, and only then waits for the kernel before it to end: the memory stays busy from one layer to the next.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from nanovllm.kernels.rms_norm import rms_norm_reference
+
+# Elements of the weight, of the gate's and of the other half together, that a program holds in registers.
+ELEMENTS = 8192
+NUM_WARPS = 2
+
+
+@triton.jit
+def _fused_linear_kernel(
+    x,
+    x_stride,
+    norm_weight,
+    eps,
+    weight,
+    bias,
+    residual,
+    residual_stride,
+    out,
+    ROWS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUT_TILE: tl.constexpr,
+    OUTPUT_TILE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    output = tl.program_id(0) * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
+    column = tl.arange(0, INPUT_TILE)
+    is_output = output < OUTPUTS
+    is_input = column < INPUTS
+    offset = output.to(tl.int64)[:, None] * INPUTS + column[None, :]
+    mask = is_output[:, None] & is_input[None, :]
+    part = tl.load(weight + offset, mask=mask, other=0.0)  # [outputs, inputs]
+    if GATED:
+        up_part = tl.load(weight + OUTPUTS * INPUTS + offset, mask=mask, other=0.0)
+    if HAS_NORM:
+        factors = tl.load(norm_weight + column, mask=is_input, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        added = tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
+
+    dtype: tl.constexpr = out.dtype.element_ty
+    for row in tl.static_range(ROWS):
+        values = tl.load(x + row * x_stride + column, mask=is_input, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            stream = tl.load(residual + row * residual_stride + output, mask=is_output, other=0.0).to(tl.float32)
+        if HAS_NORM:  # rounded wherever the layer rounds: before the weight, and after it
+            scale = tl.rsqrt(tl.sum(values * values, axis=0) / INPUTS + eps)
+            values = ((values * scale).to(dtype).to(tl.float32) * factors).to(dtype).to(tl.float32)
+        result = tl.sum(part.to(tl.float32) * values[None, :], axis=1)
+        if HAS_BIAS:
+            result += added
+        result = result.to(dtype).to(tl.float32)
+        if GATED:
+            up = tl.sum(up_part.to(tl.float32) * values[None, :], axis=1).to(dtype).to(tl.float32)
+            result = (result / (1.0 + tl.exp(-result))).to(dtype).to(tl.float32) * up
+        if HAS_RESIDUAL:
+            result += stream
+        tl.store(out + row * OUTPUTS + output, result.to(dtype), mask=is_output)
+
+
+def fused_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """``residual + norm(x) W^T + bias``, or ``silu(gate) * up`` of a ``W`` that holds both, one above the other.
+
+    Args:
+        x: [rows, inputs], few rows: each is another pass over registers; the last dimension is packed.
+        weight: [outputs, inputs], or [2 * outputs, inputs] if ``gated``; packed, of x's dtype.
+        bias: [outputs], of x's dtype; not with ``gated``.
+        norm_weight: [inputs], of x's dtype, of the RMSNorm that x goes through; None for none.
+        eps: Added to the norm's mean square.
+        residual: [rows, outputs], of x's dtype, added to the result; the last dimension is packed.
+        gated: Whether the weight is that of a gated MLP, the gate's half first.
+
+    Returns:
+        [rows, outputs], of x's dtype, rounded between the operations as separate ones would.
+    """
+    assert not (gated and bias is not None)
+    rows, inputs = x.shape
+    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    if rows > 0:
+        sizes, num_warps = _launch_sizes(inputs, x.element_size(), gated)
+        _fused_linear_kernel[(triton.cdiv(outputs, sizes["OUTPUT_TILE"]),)](
+            x,
+            x.stride(0),
+            norm_weight,
+            eps,
+            weight,
+            bias,
+            residual,
+            0 if residual is None else residual.stride(0),
+            out,
+            ROWS=rows,
+            INPUTS=inputs,
+            OUTPUTS=outputs,
+            HAS_NORM=norm_weight is not None,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            GATED=gated,
+            **sizes,
+            **launch_options(x.device),
+            num_warps=num_warps,
+        )
+    return out
+
+
+def fused_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """:func:`fused_linear` by torch's operators."""
+    if norm_weight is not None:
+        x, _ = rms_norm_reference(x, norm_weight, eps)
+    y = torch.nn.functional.linear(x, weight, bias)
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+    return y if residual is None else y + residual
+
+
+def _launch_sizes(inputs: int, itemsize: int, gated: bool) -> tuple[dict[str, int], int]:
+    """Tile sizes and warps: whole lines of the weight, as many as registers take."""
+    input_tile = triton.next_power_of_2(inputs)
+    lines = ELEMENTS * 2 // itemsize // input_tile
+    sizes = {"INPUT_TILE": input_tile, "OUTPUT_TILE": max(lines // 2 if gated else lines, 1)}
+    held = input_tile * sizes["OUTPUT_TILE"] * (2 if gated else 1) * itemsize
+    return sizes, min(max(NUM_WARPS, held // (2 * ELEMENTS) * NUM_WARPS), 16)
+
+
+def compile_cases() -> list[dict[str, Any]]:
+    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
+    cases = []
+    for dtype, rows, inputs, outputs, flags in (
+        ("bf16", 1, 1024, 4096, ("HAS_NORM",)),
+        ("bf16", 1, 2048, 1024, ("HAS_RESIDUAL",)),
+        ("bf16", 4, 1024, 3072, ("HAS_NORM", "GATED")),
+        ("bf16", 1, 3072, 1024, ("HAS_RESIDUAL", "HAS_BIAS")),
+        ("bf16", 4, 25600, 5120, ("HAS_RESIDUAL",)),
+        ("fp32", 2, 1024, 3072, ("HAS_NORM", "GATED")),
+        ("fp32", 4, 12288, 4096, ("HAS_RESIDUAL",)),
+    ):
+        sizes, num_warps = _launch_sizes(inputs, 4 if dtype == "fp32" else 2, "GATED" in flags)
+        switches = {name: name in flags for name in ("HAS_NORM", "HAS_BIAS", "HAS_RESIDUAL", "GATED")}
+        constexprs = {"ROWS": rows, "INPUTS": inputs, "OUTPUTS": outputs, **sizes, **switches, "OVERLAPS": False}
+        tensors = ("x", "norm_weight", "weight", "bias", "residual", "out")
+        cases.append(
+            {
+                "kernel": _fused_linear_kernel,
+                "signature": {
+                    **dict.fromkeys(tensors, f"*{dtype}"),
+                    **dict.fromkeys(("x_stride", "residual_stride"), "i32"),
+                    "eps": "fp32",
+                    **dict.fromkeys(constexprs, "constexpr"),
+                },
+                "constexprs": constexprs,
+                "num_warps": num_warps,
+                "num_stages": 1,
+                "label": f"{dtype} {rows}x{inputs}x{outputs} {' '.join(flags).lower()}",
+            }
+        )
+    return cases
