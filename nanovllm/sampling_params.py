@@ -1,6 +1,5 @@
 """How one request is sampled and when it ends."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -161,7 +160,10 @@ class SamplingParams:
 
     def clone(self) -> "SamplingParams":
         """A copy, which can be changed without changing this."""
-        return copy.copy(self)
+        made = object.__new__(type(self))
+        for name in _FIELDS:  # not by assignment: each was checked when it was
+            object.__setattr__(made, name, getattr(self, name))
+        return made
 
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any]) -> "SamplingParams":

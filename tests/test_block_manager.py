@@ -268,7 +268,7 @@ def test_the_integrity_check_notices(damage: str) -> None:
     elif damage == "wrong count":
         manager._ref_counts[seq.block_table[0]] += 1
     elif damage == "stale prefix":
-        manager._contents[seq.block_table[0]] = None
+        manager._keys[seq.block_table[0]] = None
     elif damage == "held twice":
         seq.block_table[1] = seq.block_table[0]
     with pytest.raises(RuntimeError):

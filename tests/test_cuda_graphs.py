@@ -193,8 +193,8 @@ class TestReplaying:
                 sent.clear()
                 engine.step()
                 by_step.append(sum(sent))
-            # A new block is two numbers, and each sequence takes one in 16 steps.
-            assert sum(by_step) == 2 * 4 * 2
+            # A new block is three numbers, and each sequence takes one in 16 steps.
+            assert sum(by_step) == 3 * 4 * 2
             assert by_step.count(0) >= 32 - 8
             engine.abort(engine.unfinished_request_ids[1])
             sent.clear()

@@ -1,5 +1,6 @@
-"""What a step costs the host does not grow with the length of the contexts."""
+"""What a step costs the host is little, and does not grow with the length of the contexts."""
 
+import gc
 import pickle
 import statistics
 import time
@@ -64,6 +65,24 @@ def test_a_decode_step_executes_the_same_lines_whatever_the_context(schedulers: 
     for context, scheduler in schedulers.items():
         counts[context] = num_lines(lambda scheduler=scheduler: [step(scheduler) for _ in range(2 * BLOCK_SIZE)])
     assert counts[LONG] == counts[SHORT]
+
+
+def test_a_decode_step_executes_few_lines_a_row(schedulers: dict[int, Scheduler]) -> None:
+    num_steps = 2 * BLOCK_SIZE
+    lines = num_lines(lambda: [step(schedulers[SHORT]) for _ in range(num_steps)])
+    assert lines < 45 * NUM_SEQS * num_steps  # planning and learning together; each line more shows at 256 rows
+
+
+def test_blocks_that_become_full_bring_no_garbage_collection_nearer(schedulers: dict[int, Scheduler]) -> None:
+    scheduler = schedulers[SHORT]
+    step(scheduler)
+    gc.collect()
+    before, used = len(gc.get_objects()), scheduler.block_manager.num_used_blocks
+    for _ in range(4 * BLOCK_SIZE):
+        step(scheduler)
+    gc.collect()
+    assert scheduler.block_manager.num_used_blocks >= used + 3 * NUM_SEQS
+    assert len(gc.get_objects()) < before + NUM_SEQS
 
 
 def test_a_decode_step_hashes_each_block_once_when_it_is_full(

@@ -18,6 +18,7 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.metrics import percentiles
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils.progress import ProgressBar
 from tests.checkpoints import make_model
@@ -653,6 +654,26 @@ class TestThreads:
         thread.join()
         assert len(raised) == 1
         assert "closed" in raised[0]
+
+
+def test_only_tokens_that_somebody_reads_are_looked_at_as_they_come(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    followed: list[int] = []
+    follow = Request.follow
+
+    def noting(request: Request, seq: Any) -> str | None:
+        followed.append(seq.num_output_tokens)
+        return follow(request, seq)
+
+    monkeypatch.setattr(Request, "follow", noting)
+    demo.generate("Once", greedy(5, ignore_eos=True), use_tqdm=False)
+    assert followed == [5]
+    followed.clear()
+    demo.generate("Once", greedy(5, ignore_eos=True, stop="not to be found"), use_tqdm=False)
+    assert followed == [1, 2, 3, 4, 5]
+    followed.clear()
+    for _ in demo.stream("Once", greedy(5, ignore_eos=True)):
+        pass
+    assert followed == [1, 2, 3, 4, 5]
 
 
 class TestMetrics:

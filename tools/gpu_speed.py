@@ -236,7 +236,8 @@ def check_hf(check: Check) -> None:
 def host_times(llm: LLM) -> Iterator[dict[str, float]]:
     """Seconds that the host spends in the engine's functions, counted until the end of the context.
 
-    ``execute`` includes ``apply`` and ``replay``; ``wait`` is for the device.
+    ``execute`` includes ``apply`` and ``replay``; ``land`` includes ``wait``, for the device, and ``update``. Nothing
+    that is called for every token is watched: the watching would cost more.
     """
     seconds: dict[str, float] = {}
     engine = llm.engine
@@ -247,8 +248,7 @@ def host_times(llm: LLM) -> Iterator[dict[str, float]]:
         (runner.batch_state, "apply", "apply"),
         (StepHandle, "result", "wait"),
         (engine.scheduler, "update", "update"),
-        (engine, "_follow", "follow"),
-        (engine, "_report", "report"),
+        (engine, "_land", "land"),
     ]
     if runner.graphs is not None:
         watched.append((runner.graphs, "replay", "replay"))

@@ -176,8 +176,9 @@ class BatchState:
             lines = to_device([_params_line(entry) for entry in plan.entered], torch.int32, self.device)
             self.params[lines[:, 0].long()] = lines[:, 1:]
         if plan.appended_blocks:
-            slots, indices, blocks = np.array(plan.appended_blocks, dtype=np.int64).T
-            self._scatter(self.block_tables, slots * self.block_tables.shape[1] + indices, blocks)
+            columns = list(zip(*plan.appended_blocks, strict=True))
+            slots, indices, blocks = to_device(columns, torch.int64, self.device).unbind()
+            self.block_tables[slots, indices] = blocks.to(torch.int32)
 
     def _write(self, table: torch.Tensor, lines: list[tuple[int, Sequence[int]]]) -> None:
         """Write values to the beginnings of lines of a table: (line, values)."""

@@ -8,26 +8,10 @@ it. A block nobody holds stays in the cache, reusable, until it is the least rec
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import xxhash
 
 from nanovllm.engine.sequence import Sequence
-
-
-@dataclass(slots=True)
-class _Content:
-    """What a published block holds: the KV of one block's tokens, computed after all tokens before them.
-
-    Args:
-        key: Hash of those tokens, chained with their predecessors'.
-        index: Number of the block in its sequence.
-        token_ids: The tokens of the sequence that published it, later ones included; they only ever grow.
-    """
-
-    key: bytes
-    index: int
-    token_ids: array
 
 
 class BlockManager:
@@ -44,7 +28,12 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._ref_counts = [0] * num_blocks
-        self._contents: list[_Content | None] = [None] * num_blocks  # None: not published
+        # What a published block holds: the KV of one block's tokens, computed after all tokens before them. Lists, for
+        # with an object a block, Python's collection of garbage, which stops everything, would come more often.
+        self._keys: list[bytes | None] = [None] * num_blocks  # chained hash of those tokens; None: not published
+        self._indices = [0] * num_blocks  # number of the block in its sequence
+        # Tokens of the sequence that published it, later ones included; they only ever grow.
+        self._token_ids: list[array | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}  # chained hash -> block
         # Free blocks in the order in which they are taken: those without reusable content first, then the least
         # recently used. A dictionary, because a prefix hit takes a block out of the middle.
@@ -76,16 +65,16 @@ class BlockManager:
         compared: array | None = None  # tokens of a publisher that have been compared up to here
         for index in range((seq.num_tokens - 1) // self.block_size):
             block = self._published.get(self._hash(seq, index))
-            content = None if block is None else self._contents[block]
-            if block is None or content is None or content.index != index:
+            if block is None or self._indices[block] != index:
                 break
+            known = self._token_ids[block]
             # The tokens decide, so that a hash collision costs a miss and never gives a sequence somebody else's KV.
             # All of them: two prefixes whose hashes once collided have the same hashes ever after.
-            start = (index if content.token_ids is compared else 0) * self.block_size
+            start = (index if known is compared else 0) * self.block_size
             end = (index + 1) * self.block_size
-            if content.token_ids[start:end] != seq.token_ids[start:end]:
+            if known is None or known[start:end] != seq.token_ids[start:end]:
                 break
-            compared = content.token_ids
+            compared = known
             matched.append(block)
         return matched
 
@@ -134,7 +123,8 @@ class BlockManager:
         for index in range(seq.num_published_blocks, num_computed_tokens // self.block_size):
             key, block = self._hash(seq, index), seq.block_table[index]
             if key not in self._published:  # else a twin computed the same tokens first: this copy stays private
-                self._contents[block] = _Content(key, index, seq.token_ids)
+                self._indices[block], self._token_ids[block] = index, seq.token_ids
+                self._keys[block] = key  # after the others: an interrupt may come in between
                 self._published[key] = block
             seq.num_published_blocks = index + 1
 
@@ -145,7 +135,7 @@ class BlockManager:
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 self._free[block] = None
-                if self._contents[block] is None:
+                if self._keys[block] is None:
                     self._free.move_to_end(block, last=False)
         seq.block_table.clear()
         seq.num_published_blocks = 0
@@ -161,12 +151,11 @@ class BlockManager:
         Built anew from what the blocks hold, so that it also mends a state that an interrupt left half changed.
         """
         self._ref_counts = [0] * self.num_blocks
-        self._published = {content.key: block for block, content in enumerate(self._contents) if content is not None}
-        self._contents = [
-            content if content is not None and self._published[content.key] == block else None
-            for block, content in enumerate(self._contents)
+        self._published = {key: block for block, key in enumerate(self._keys) if key is not None}
+        self._keys = [
+            key if key is not None and self._published[key] == block else None for block, key in enumerate(self._keys)
         ]
-        order = sorted(range(self.num_blocks), key=lambda block: self._contents[block] is not None)
+        order = sorted(range(self.num_blocks), key=lambda block: self._keys[block] is not None)
         self._free = OrderedDict.fromkeys(order)
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
@@ -182,12 +171,12 @@ class BlockManager:
             raise RuntimeError(f"blocks {wrong} are held {[held[b] for b in wrong]} times but counted otherwise")
         if set(self._free) != {block for block, count in enumerate(held) if count == 0}:
             raise RuntimeError("the free list and the blocks that nobody holds differ")
-        known = {content.key: block for block, content in enumerate(self._contents) if content is not None}
+        known = {key: block for block, key in enumerate(self._keys) if key is not None}
         if known != self._published:
             raise RuntimeError("the prefix cache and the blocks' contents differ")
         seen_content = False
         for block in self._free:
-            if self._contents[block] is not None:
+            if self._keys[block] is not None:
                 seen_content = True
             elif seen_content:
                 raise RuntimeError(f"block {block}, which holds nothing reusable, would be taken after a cached one")
@@ -203,7 +192,7 @@ class BlockManager:
 
     def _forget(self, block: int) -> None:
         """Drop what a block is published as, before it is written again."""
-        content = self._contents[block]
-        if content is not None:
-            self._contents[block] = None
-            del self._published[content.key]
+        key = self._keys[block]
+        if key is not None:
+            self._keys[block] = self._token_ids[block] = None
+            del self._published[key]

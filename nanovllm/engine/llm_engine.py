@@ -247,12 +247,20 @@ class LLMEngine:
     def _land(self, started: float) -> None:
         """Take in what the oldest step in flight gives; the call that does so began at ``started``."""
         step = self._in_flight.popleft()
-        advanced = self.scheduler.update(step.plan, step.handle.result())
+        result = step.handle.result()
+        advanced = self.scheduler.update(step.plan, result)
         now = time.perf_counter()
         # Time within calls only: with steps in flight, whoever reads a stream slowly may let time pass in between.
-        sampled = sum(seq.error is None for seq in advanced)
-        self.counters.count_step(step.plan, sampled, self._launching + now - started)
+        num_failed = sum(seq.error is not None for seq in advanced) if result.errors else 0
+        self.counters.count_step(step.plan, len(advanced) - num_failed, self._launching + now - started)
         self._launching = 0.0
+        if step.plan.num_prefill_tokens:  # a decode step gives nobody the first token
+            for seq in advanced:
+                if seq.metrics.first_token_time is None and seq.error is None:
+                    seq.metrics.first_token_time = now
+        # Of most sequences nobody reads the tokens before the last one is there.
+        requests = self._requests
+        advanced = [seq for seq in advanced if seq.finish_reason or requests[seq.request_id].is_followed]
         for seq in advanced:
             self._follow(seq, now)
         for seq in advanced:
@@ -407,8 +415,6 @@ class LLMEngine:
 
     def _follow(self, seq: Sequence, now: float) -> None:
         """Take note of a sequence's newest token: its text, and whether that ends it."""
-        if seq.num_output_tokens:
-            seq.metrics.first_token_time = seq.metrics.first_token_time or now
         stop = self._requests[seq.request_id].follow(seq)
         if stop is not None:
             self.scheduler.finish(seq, "stop")

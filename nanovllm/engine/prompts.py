@@ -79,11 +79,11 @@ def _token_ids(name: str, ids: Any) -> list[int]:
     if not _is_list(ids):
         raise TypeError(f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary")
     ids = list(ids)
+    if set(map(type, ids)) <= {int}:  # as nearly always: prompts are long
+        return ids
     if any(isinstance(token, Mapping) and "role" in token for token in ids):
         raise ValueError(f"{name} is a conversation; {FOR_CHAT}")
-    if not all(type(token) is int for token in ids):
-        ids = [check_int(f"position {position} of {name}", token) for position, token in enumerate(map(_plain, ids))]
-    return ids
+    return [check_int(f"position {position} of {name}", token) for position, token in enumerate(map(_plain, ids))]
 
 
 def _is_list(values: Any) -> bool:

@@ -88,13 +88,15 @@ class Request:
     tokenizer: Any
     sequences: list[Sequence]
     num_unfinished: int = 0  # sequences whose end was not told yet
+    is_followed: bool = False  # whether tokens are looked at as they come, and not only when they are all there
     _detokenizers: dict[int, Detokenizer] = field(default_factory=dict)  # by completion, for those that need one
     _num_streamed: dict[int, int] = field(default_factory=dict)  # tokens given out, by completion
 
     def __post_init__(self) -> None:
         params = self.params
         self.num_unfinished = len(self.sequences)
-        if self.tokenizer is None or not (params.stop or (self.owner is not None and self.owner.stream)):
+        self.is_followed = bool(params.stop) or (self.owner is not None and self.owner.stream)
+        if self.tokenizer is None or not self.is_followed:
             return  # the text is made at the end, at once
         for seq in self.sequences:
             self._detokenizers[seq.index] = Detokenizer(

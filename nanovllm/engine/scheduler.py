@@ -7,7 +7,7 @@ always advances, and nobody starves.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
@@ -45,7 +45,7 @@ class _InFlight:
 
     plan: StepPlan
     sequences: list[Sequence]  # a row each
-    residencies: list[int]  # how often each had been preempted: KV of an earlier residency is gone
+    num_preemptions: int  # that came before: of who is preempted later, the KV is gone
 
 
 class Scheduler:
@@ -115,7 +115,7 @@ class Scheduler:
         if self.policy.mixed:
             budget = self._continue(plan, rows, budget)
         else:
-            budget = self._continue(plan, rows, budget, _is_prefilling)
+            budget = self._continue(plan, rows, budget, only_prefills=True)
         if self.num_preemptions == num_preempted and self._may_admit():
             self._admit(plan, rows, budget)
         if not rows and not self.policy.mixed:
@@ -123,27 +123,27 @@ class Scheduler:
         if not rows:
             return None
         plan.released, self._released = self._released, []
-        self._in_flight.append(_InFlight(plan, rows, [seq.metrics.num_preemptions for seq in rows]))
+        self._in_flight.append(_InFlight(plan, rows, self.num_preemptions))
         return plan
 
-    def _continue(
-        self,
-        plan: StepPlan,
-        rows: list[Sequence],
-        budget: int,
-        chosen: Callable[[Sequence], bool] | None = None,
-    ) -> int:
-        """Schedule the residents, the oldest first, or those ``chosen``; returns what is left of the budget."""
-        index = 0
-        while index < len(self.running) and budget > 0:
-            seq = self.running[index]
-            length = min(seq.num_tokens_to_compute, budget)
-            if length > 0 and (chosen is None or chosen(seq)):
-                if not self._grow(seq, seq.num_computed_tokens + length, plan):
-                    break  # it preempted itself: it was the youngest, so nobody comes after it
-                self._add_row(plan, rows, seq, length, _is_prefilling(seq))
-                budget -= length
-            index += 1
+    def _continue(self, plan: StepPlan, rows: list[Sequence], budget: int, only_prefills: bool = False) -> int:
+        """Schedule the residents, or those that prefill, the oldest first; returns what is left of the budget."""
+        block_size = self.block_manager.block_size
+        for seq in self.running:  # _grow preempts from the end of the list: whom it takes away is not reached
+            if budget <= 0:
+                break
+            num_left = seq.num_tokens_to_compute
+            # A row that decodes computes the token that was sampled last, and no other.
+            is_prefill = num_left > 1 or seq.num_computed_tokens < seq.num_prompt_tokens
+            if num_left == 0 or (only_prefills and not is_prefill):
+                continue
+            length = num_left if num_left < budget else budget
+            num_computed = seq.num_computed_tokens + length
+            # Its last block has room in nearly every decode step.
+            if num_computed > len(seq.block_table) * block_size and not self._grow(seq, num_computed, plan):
+                break  # it preempted itself: it was the youngest, so nobody comes after it
+            self._add_row(plan, rows, seq, length, length == num_left, is_prefill)
+            budget -= length
         return budget
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
@@ -163,30 +163,30 @@ class Scheduler:
             raise RuntimeError(
                 f"{sum(plan.samples)} rows of the plan sample, but {len(result.tokens)} tokens came back"
             )
+        for row, (first, prompt_logprobs) in result.prompt_logprobs.items():
+            batch.sequences[row].prompt_logprobs.update(enumerate(prompt_logprobs, first))
         advanced: list[Sequence] = []
+        tokens, logprobs, block_size = result.tokens, result.logprobs, self.block_manager.block_size
         sampling_row = -1
-        rows = zip(batch.sequences, batch.residencies, plan.starts, plan.lengths, plan.samples, strict=True)
-        for row, (seq, residency, start, length, samples) in enumerate(rows):
+        for seq, start, length, samples in zip(batch.sequences, plan.starts, plan.lengths, plan.samples, strict=True):
             sampling_row += samples
-            if seq.finished:
+            if seq.finish_reason is not None:
                 continue  # it ended while this step was in flight: a surplus token
-            if row in result.prompt_logprobs:
-                first, logprobs = result.prompt_logprobs[row]
-                seq.prompt_logprobs.update(enumerate(logprobs, first))
+            num_computed = start + length
             if samples:
                 advanced.append(seq)
-                seq.num_in_flight -= 1
-                if result.tokens[sampling_row] < 0:
+                token = tokens[sampling_row]
+                if token < 0:
                     seq.error = result.errors[sampling_row]
                     self.finish(seq, "error")
                     continue
-                seq.token_ids.append(result.tokens[sampling_row])
-                if sampling_row in result.logprobs:
-                    seq.logprobs.append(result.logprobs[sampling_row])
-            if seq.metrics.num_preemptions == residency:
-                self.block_manager.publish(seq, start + length)
-            if samples:
-                self._end(seq, result.tokens[sampling_row])
+                seq.token_ids.append(token)
+                if logprobs and sampling_row in logprobs:
+                    seq.logprobs.append(logprobs[sampling_row])
+            if num_computed // block_size > seq.num_published_blocks and seq.last_preemption <= batch.num_preemptions:
+                self.block_manager.publish(seq, num_computed)
+            if samples and (token in seq.stop_token_ids or num_computed >= seq.max_computed_tokens):
+                self._end(seq, token)
         return advanced
 
     def _end(self, seq: Sequence, token: int) -> None:
@@ -231,7 +231,7 @@ class Scheduler:
             raise RuntimeError("only the newest plan can be taken back")
         for seq, samples in zip(batch.sequences, plan.samples, strict=True):
             if not seq.finished:
-                seq.num_in_flight -= samples
+                seq.num_expected_tokens -= samples
         while self.running:
             self._preempt(self.running[-1])
         entered = {entry.slot for entry in plan.entered}  # as far as the device knows, these never were
@@ -353,8 +353,9 @@ class Scheduler:
                 )
             )
             headroom += self._headroom(seq)
-            length = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            self._add_row(plan, rows, seq, length, is_prefill=True)
+            num_left = seq.num_tokens_to_compute
+            length = min(num_left, budget)
+            self._add_row(plan, rows, seq, length, length == num_left, is_prefill=True)
             budget -= length
 
     def _must_wait(self, seq: Sequence) -> bool:
@@ -384,15 +385,13 @@ class Scheduler:
 
     def _headroom(self, seq: Sequence) -> int:
         """Blocks that a resident needs to grow by ``HEADROOM_TOKENS`` tokens, or to its end."""
-        length = min(seq.num_tokens + HEADROOM_TOKENS, self._final_length(seq))
+        length = min(seq.num_tokens + HEADROOM_TOKENS, seq.max_computed_tokens)
         return max(0, self.block_manager.blocks_needed(length) - len(seq.block_table))
 
-    def _final_length(self, seq: Sequence) -> int:
-        return seq.num_prompt_tokens + seq.max_output_tokens - 1  # the last token's KV is never needed
-
-    def _add_row(self, plan: StepPlan, rows: list[Sequence], seq: Sequence, length: int, is_prefill: bool) -> None:
-        """Schedule the next ``length`` tokens of a resident sequence."""
-        samples = length == seq.num_tokens_to_compute
+    def _add_row(
+        self, plan: StepPlan, rows: list[Sequence], seq: Sequence, length: int, samples: bool, is_prefill: bool
+    ) -> None:
+        """Schedule the next ``length`` tokens of a resident sequence; it ``samples`` if they are all it has left."""
         plan.slots.append(seq.slot)
         plan.starts.append(seq.num_computed_tokens)
         plan.lengths.append(length)
@@ -402,7 +401,7 @@ class Scheduler:
         rows.append(seq)
         seq.num_computed_tokens += length
         if samples:
-            seq.num_in_flight += 1
+            seq.num_expected_tokens += 1
 
     def _grow(self, seq: Sequence, num_tokens: int, plan: StepPlan) -> bool:
         """Get blocks for ``num_tokens`` tokens, preempting the youngest while there are none.
@@ -410,8 +409,6 @@ class Scheduler:
         Returns whether ``seq`` itself is still resident.
         """
         manager = self.block_manager
-        if num_tokens <= len(seq.block_table) * manager.block_size:
-            return True  # nearly every decode step
         while manager.blocks_needed(num_tokens) - len(seq.block_table) > manager.num_free_blocks:
             victim = self.running[-1]
             self._preempt(victim)
@@ -430,6 +427,7 @@ class Scheduler:
         seq.num_computed_tokens = 0
         seq.metrics.num_preemptions += 1
         self.num_preemptions += 1
+        seq.last_preemption = self.num_preemptions
         self.waiting.appendleft(seq)
 
     def _vacate(self, seq: Sequence) -> None:
@@ -438,8 +436,3 @@ class Scheduler:
         self._free_slots.append(seq.slot)
         self._released.append(seq.slot)
         seq.slot = -1
-
-
-def _is_prefilling(seq: Sequence) -> bool:
-    """Whether a resident has more to compute than the last token it sampled."""
-    return seq.num_tokens_to_compute > 1 or seq.num_computed_tokens < seq.num_prompt_tokens

@@ -45,15 +45,17 @@ class Sequence:
         "finish_reason",
         "first_logprob",
         "index",
+        "last_preemption",
         "leader",
         "logprobs",
         "main_eos_token_id",
+        "max_computed_tokens",
         "max_output_tokens",
         "metrics",
         "noise_key",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_in_flight",
+        "num_expected_tokens",
         "num_prompt_tokens",
         "num_published_blocks",
         "num_shared_tokens",
@@ -92,6 +94,7 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
         self.max_output_tokens = max_output_tokens
+        self.max_computed_tokens = self.num_prompt_tokens + max_output_tokens - 1  # the last token's KV is never needed
         self.main_eos_token_id = eos_token_ids[0] if eos_token_ids else None
         self.stop_token_ids = frozenset(eos_token_ids) | frozenset(params.stop_token_ids or ())
         self.noise_key = noise_key
@@ -101,7 +104,8 @@ class Sequence:
         self.block_hashes: list[bytes] = []  # of its full blocks; kept when preempted, so that none is hashed twice
         self.num_published_blocks = 0  # leading blocks that the prefix cache knows
         self.num_computed_tokens = 0  # tokens whose KV is in the cache or will be once the steps in flight are done
-        self.num_in_flight = 0  # tokens that steps in flight will sample; their ids are not known yet
+        self.num_expected_tokens = len(prompt_token_ids)  # tokens it will have once the steps in flight are done
+        self.last_preemption = 0  # number of its latest preemption among all that ever were; 0 for none
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when it first ran
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -131,11 +135,16 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
+    def num_in_flight(self) -> int:
+        """Tokens that steps in flight will sample; their ids are not known yet."""
+        return self.num_expected_tokens - len(self.token_ids)
+
+    @property
     def num_tokens_to_compute(self) -> int:
         """Tokens, known or in flight, whose KV is neither computed nor being computed."""
-        if self.num_output_tokens + self.num_in_flight >= self.max_output_tokens:
+        if self.num_expected_tokens > self.max_computed_tokens:
             return 0  # its last token is on its way: nothing is left to run
-        return self.num_tokens + self.num_in_flight - self.num_computed_tokens
+        return self.num_expected_tokens - self.num_computed_tokens
 
     @property
     def finished(self) -> bool:
