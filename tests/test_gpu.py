@@ -61,6 +61,17 @@ def test_greedy_tokens_equal_those_of_transformers(
         assert tokens_of(llm) == [[tokens] for tokens in greedy]
 
 
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[1:3], PROMPTS[2:5], PROMPTS[2:]], ids=len)
+def test_few_rows_get_the_tokens_of_transformers(
+    checkpoint: Path, greedy: list[list[int]], prompts: list[list[int]], eager: bool
+) -> None:
+    """They have kernels of their own."""
+    expected = [[greedy[PROMPTS.index(prompt)]] for prompt in prompts]
+    with open_llm(checkpoint, enforce_eager=eager) as llm:
+        assert tokens_of(llm, prompts=prompts) == expected
+
+
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_half_precision_gives_answers_of_full_length(checkpoint: Path, backend: str) -> None:
     options = {"num_kvcache_blocks": 16, "kvcache_block_size": 256, "enable_prefix_caching": False}

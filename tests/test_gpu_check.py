@@ -199,6 +199,7 @@ def test_an_ablation_switches_off_what_there_is(gpu_check: ModuleType, monkeypat
         off[name] = {feature for feature in FEATURES if not is_enabled(feature)}
     assert off["nothing"] == off["nothing, again"] == set()
     assert off["batch_state"] == {"decode_inputs", "decode_outputs"}
+    assert off["few_rows"] == {"fused_linear", "decode_few_rows"}
     assert off["all kernels"] == set(FEATURES) - {"graphs", "overlap"}
     assert set().union(*(features for name, features in off.items() if name != "all kernels")) == set(FEATURES) - {
         "nucleus"

@@ -258,13 +258,13 @@ def tune_decode(check: Check, shape: Shape, budget: float) -> None:
     from nanovllm.kernels import paged_decode as module
 
     deadline = time.monotonic() + budget
-    names = ("TILE", "NUM_WARPS", "NUM_STAGES", "PROGRAMS_PER_SM", "MIN_CHUNK")
-    defaults = {"block_size": 16} | {name: getattr(module, name) for name in names}
+    names = ("TILE", "NUM_WARPS", "NUM_STAGES", "CHUNK", "PROGRAMS_PER_SM", "MIN_CHUNK")
+    defaults = {"block_size": 32} | {name: getattr(module, name) for name in names}
     grid: dict[str, Sequence[int]] = {name: [value] for name, value in defaults.items()}
-    splits = [(defaults["PROGRAMS_PER_SM"], defaults["MIN_CHUNK"])]
+    splits = [(defaults["CHUNK"], defaults["PROGRAMS_PER_SM"], defaults["MIN_CHUNK"])]
     if not check.quick:
-        grid |= {"block_size": (16, 32, 256), "TILE": (32, 64, 128), "NUM_WARPS": (4, 8), "NUM_STAGES": (2, 3, 4)}
-        splits = list(itertools.product((12, 24, 48, 96), (64, 128, 256)))
+        grid |= {"block_size": (16, 32, 64), "TILE": (32, 64), "NUM_WARPS": (2, 4), "NUM_STAGES": (2, 3, 4)}
+        splits = list(itertools.product((512, 1024, 2048), (2, 4, 16), (64, 128)))
     batches = decode_batches(check)
     for number, (name, contexts) in enumerate(batches.items()):
         work = {"num_bytes": sum(contexts) * shape.kv_bytes(half(check))}
@@ -280,7 +280,7 @@ def tune_decode(check: Check, shape: Shape, budget: float) -> None:
             time.monotonic() + 0.6 * share,
             **work,
         )
-        candidates = [{**one, "PROGRAMS_PER_SM": p, "MIN_CHUNK": chunk} for p, chunk in splits for one in compiled]
+        candidates = [{**one, **dict(zip(names[3:], split, strict=True))} for split in splits for one in compiled]
         candidates = [one for one in candidates if one != defaults]
         until = time.monotonic() + 0.4 * share
         tune(check, f"decode {name} split", [defaults, *candidates], defaults, measure, until, **work)

@@ -383,6 +383,42 @@ def decode_arguments(
     return q, keys, values, tables, work, shape.head_dim**-0.5, torch.full_like(q, torch.nan)
 
 
+def few_rows_arguments(
+    shape: Shape, dtype: torch.dtype, contexts: Sequence[int], block_size: int, generator: torch.Generator
+) -> tuple[Any, ...]:
+    """Arguments of ``decode_few_rows`` for a row a context."""
+    from nanovllm.kernels.decode_few_rows import TILE
+    from nanovllm.kernels.paged_decode import plan_decode
+
+    rows, device = len(contexts), generator.device
+    _, keys, values, tables = paged_inputs(shape, dtype, generator, contexts, block_size, rows)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    norms = random(shape.head_dim).to(dtype), random(shape.head_dim).to(dtype), EPS
+    angles = random(max(contexts), shape.head_dim // 2)
+    positions = torch.tensor(contexts, device=device) - 1
+    lines = torch.arange(rows, device=device)
+    slot_mapping = tables[lines, positions // block_size].long() * block_size + positions % block_size
+    lengths, slots = positions.int() + 1, lines.int()
+    sizes = (tables.shape[1] * block_size, shape.heads, shape.kv_heads, shape.head_dim)
+    work = plan_decode(lengths, slots, None, *sizes, item_tokens=TILE)
+    qkv = random(rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim).to(dtype)
+    stored = keys, values, slot_mapping, tables, work
+    return (
+        qkv,
+        *norms,
+        angles.cos(),
+        angles.sin(),
+        positions,
+        *stored,
+        shape.head_dim**-0.5,
+        shape.heads,
+        shape.kv_heads,
+    )
+
+
 def prefill_arguments(
     shape: Shape, dtype: torch.dtype, lengths: Sequence[int], block_size: int, generator: torch.Generator
 ) -> tuple[Any, ...]:
@@ -398,7 +434,7 @@ def prefill_arguments(
 
 
 def attention_cases(check: Check, dtype: torch.dtype) -> Iterator[Case]:
-    from nanovllm.kernels import paged_decode, paged_prefill
+    from nanovllm.kernels import decode_few_rows, paged_decode, paged_prefill
 
     shape = shape_of(check)
     for name, contexts in decode_batches(check).items():
@@ -406,8 +442,17 @@ def attention_cases(check: Check, dtype: torch.dtype) -> Iterator[Case]:
             f"paged_decode {name}",
             paged_decode.paged_decode,
             paged_decode.paged_decode_reference,
-            partial(decode_arguments, shape, dtype, contexts, 16),
+            partial(decode_arguments, shape, dtype, contexts, 32),
             lambda _, given: [given[-1]],
+            sum(contexts) * shape.kv_bytes(dtype),
+        )
+    for contexts in [[5], [9, 1]] if check.quick else [[300], [1000], [700, 1, 64, 65]]:
+        yield Case(
+            f"decode_few_rows {' '.join(map(str, contexts))}",
+            decode_few_rows.decode_few_rows,
+            decode_few_rows.decode_few_rows_reference,
+            partial(few_rows_arguments, shape, dtype, contexts, 32),
+            lambda returned, given: [returned, given[7], given[8]],
             sum(contexts) * shape.kv_bytes(dtype),
         )
     lengths = prompt_lengths(check)
@@ -439,8 +484,8 @@ def plan_case(check: Check, contexts: list[int]) -> Case:
     def covered(returned: Any, given: tuple[Any, ...]) -> list[torch.Tensor]:
         if isinstance(returned, torch.Tensor):
             return [returned]
-        slots, starts, ends, parts = returned.items[1:5]
-        real = torch.arange(len(parts), device=parts.device) < returned.first_items[-1]
+        slots, starts, ends = returned.items[1:4]
+        real = torch.arange(len(slots), device=slots.device) < returned.first_items[-1]
         counted = torch.zeros_like(given[0]).index_add_(0, slots[real].long(), (ends - starts)[real])
         return [counted]
 

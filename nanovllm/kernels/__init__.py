@@ -34,7 +34,8 @@ FEATURES = (
 # Rows up to which a step is a matter of reading weights, and has kernels of its own (``fused_linear``,
 # ``decode_few_rows``).
 FEW_ROWS = 4
-GROUPS = {"batch_state": ("decode_inputs", "decode_outputs")}  # a name for several
+# A name for several.
+GROUPS = {"batch_state": ("decode_inputs", "decode_outputs"), "few_rows": ("fused_linear", "decode_few_rows")}
 
 # Kernels there are for the CPU, and the dtypes they are for. (Attention: the backend ``cpu``.)
 CPU_ONLY = ("linear", "embedding", "block_sums")

@@ -43,7 +43,7 @@ PROGRAMS_PER_SM = 2
 def _normalise_and_rotate(
     line, own_weight, other_weight, eps, cosines, sines, dim, partner, mask, HEAD_DIM: tl.constexpr
 ):
-    """A head [dim], float32 but rounded like its dtype wherever the layers round; ``partner`` is what dim turns with."""
+    """A head [dim], float32 but rounded like its dtype wherever the layers round; ``partner``: what turns with dim."""
     own = tl.load(line + dim, mask=mask, other=0.0)
     other = tl.load(line + partner, mask=mask, other=0.0).to(tl.float32)
     dtype = own.dtype

@@ -23,11 +23,11 @@ except ImportError:  # Triton before 3.4
     _IS_KNOWN = False
 
     @triton.jit
-    def gdc_launch_dependents():  # type: ignore[no-untyped-def]  # noqa: ANN201, D103
+    def gdc_launch_dependents():  # type: ignore[no-untyped-def]
         pass
 
     @triton.jit
-    def gdc_wait():  # type: ignore[no-untyped-def]  # noqa: ANN201, D103
+    def gdc_wait():  # type: ignore[no-untyped-def]
         pass
 
 
