@@ -144,6 +144,8 @@ class BlockManager:
         """Forget all published blocks; those that sequences hold stay theirs."""
         for block in list(self._published.values()):
             self._forget(block)
+            if block in self._free:  # before those never used, whose memory the system has yet to find
+                self._free.move_to_end(block, last=False)
 
     def release_everything(self) -> None:
         """Take back every block from everybody, and keep the prefix cache.

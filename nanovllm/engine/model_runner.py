@@ -222,12 +222,14 @@ class ModelRunner:
         if self.graphs is not None and plan.is_decode and len(plan.slots) <= self.graphs.max_rows:
             return self._replay(self.graphs, plan)
         step = state.step_input(plan)
-        hidden = self._forward(step)
+        rows = None if step.prompt_logprobs else step.hidden_rows
+        hidden = self._forward(step, rows)
         prompt_logprobs = {row.row: self._prompt_logprobs(hidden, row) for row in step.prompt_logprobs}
         places = step.places
         if places is None:
             return StepHandle(None, prompt_logprobs=prompt_logprobs)
-        hidden = hidden.index_select(0, step.hidden_rows)  # no other rows have logits
+        if rows is None:
+            hidden = hidden.index_select(0, step.hidden_rows)  # no other rows have logits
         logits = self.model.compute_logits(hidden, self._logits_buffer(len(hidden)))
         if not self.draws_apart:
             return StepHandle(*self._draw(logits, places), prompt_logprobs)
@@ -235,13 +237,16 @@ class ModelRunner:
         state.write(places, tokens)
         return self._sample_special(tokens, logits, places.slots, places.longest, prompt_logprobs)
 
-    def _forward(self, step: StepInput) -> torch.Tensor:
-        """Hidden states of a step's tokens."""
-        if self.recorded is not None and len(step.token_ids) == len(step.attention.query_lengths):
+    def _forward(self, step: StepInput, rows: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states of a step's tokens, or of those that ``rows`` int64 [n] names in ascending order."""
+        tokens = len(step.token_ids)
+        if rows is not None and len(rows) == tokens:
+            rows = None
+        if self.recorded is not None and tokens == len(step.attention.query_lengths):
             hidden = self.recorded.forward(step.token_ids, step.positions, step.attention)
             if hidden is not None:
-                return hidden
-        return self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention))
+                return hidden if rows is None else hidden.index_select(0, rows)
+        return self.model(step.token_ids, step.positions, self.attention.begin_step(step.attention), rows)
 
     def _logits_buffer(self, rows: int) -> torch.Tensor | None:
         """Where logits go; None for new memory.

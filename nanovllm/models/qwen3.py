@@ -55,9 +55,6 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
-    def forward(self, hidden: torch.Tensor, rotation: Rotation, attention: AttentionStep) -> torch.Tensor:
-        return self.o_proj(self.attend(self.qkv_proj(hidden), rotation, attention))
-
     def attend(self, qkv: torch.Tensor, rotation: Rotation, attention: AttentionStep) -> torch.Tensor:
         """Projected [tokens, this rank's q, k and v] -> what its query heads attend to, [tokens, heads * head_dim]."""
         heads, kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
@@ -114,13 +111,19 @@ class Qwen3DecoderLayer(nn.Module):
         residual: torch.Tensor | None,
         rotation: Rotation,
         attention: AttentionStep,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The stream is ``hidden + residual`` before and after; ``hidden`` alone where ``residual`` is None."""
+        """The stream is ``hidden + residual`` before and after; ``hidden`` alone where ``residual`` is None.
+
+        With ``rows`` int64 [n], only those tokens go on after attention.
+        """
         if self.fused_linear is not None and residual is None and hidden.shape[0] <= kernels.FEW_ROWS:
-            return self._forward_few_rows(self.fused_linear, hidden, rotation, attention), None
+            return self._forward_few_rows(self.fused_linear, hidden, rotation, attention, rows), None
         hidden, residual = self.input_layernorm.add(hidden, residual)
-        hidden = self.self_attn(hidden, rotation, attention)
-        hidden, residual = self.post_attention_layernorm.add(hidden, residual)
+        attended = self.self_attn.attend(self.self_attn.qkv_proj(hidden), rotation, attention)
+        if rows is not None:
+            attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
+        hidden, residual = self.post_attention_layernorm.add(self.self_attn.o_proj(attended), residual)
         return self.mlp(hidden), residual
 
     def _forward_few_rows(
@@ -129,12 +132,15 @@ class Qwen3DecoderLayer(nn.Module):
         stream: torch.Tensor,
         rotation: Rotation,
         attention: AttentionStep,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
         """The same with the norms, the gate and the residual additions inside the products' kernels."""
         attn, mlp, norms = self.self_attn, self.mlp, (self.input_layernorm, self.post_attention_layernorm)
         first, second = ({"norm_weight": norm.weight, "eps": norm.eps} for norm in norms)
         qkv = fused_linear(stream, attn.qkv_proj.weight, attn.qkv_proj.bias, **first)
         attended = attn.attend(qkv, rotation, attention)
+        if rows is not None:
+            attended, stream = attended.index_select(0, rows), stream.index_select(0, rows)
         stream = fused_linear(attended, attn.o_proj.weight, attn.o_proj.bias, residual=stream)
         gated = fused_linear(stream, mlp.gate_up_proj.weight, **second, gated=True)
         return fused_linear(gated, mlp.down_proj.weight, residual=stream)
@@ -159,11 +165,19 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.rotary = RotaryEmbedding(config, max_model_len, device)
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionStep,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         rotation = self.rotary(positions)  # once a step: all layers turn by the same angles
         hidden, residual = self.embed_tokens(token_ids), None
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             hidden, residual = layer(hidden, residual, rotation, attention)
+        hidden, residual = last(hidden, residual, rotation, attention, rows)
         return self.norm.add(hidden, residual)[0]
 
 
@@ -201,18 +215,25 @@ class Qwen3ForCausalLM(nn.Module):
         table = self.model.embed_tokens if self.tied else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, parallel, dtype, device, table)
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionStep,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Hidden states of a step.
 
         Args:
             token_ids: [tokens], the rows' tokens one row after another.
             positions: [tokens], each token's position in its sequence.
             attention: The step's attention, which knows the rows' bounds and the KV cache.
+            rows: int64 [n]: the tokens whose hidden states are wanted; None for all. The last layer computes no others.
 
         Returns:
-            [tokens, hidden_size] after the final norm.
+            [tokens, hidden_size] after the final norm, or [n, hidden_size].
         """
-        return self.model(token_ids, positions, attention)
+        return self.model(token_ids, positions, attention, rows)
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size]; with ``out``, there and in its dtype."""
