@@ -244,6 +244,11 @@ class TestText:
         ids = byte_fallback().convert_tokens_to_ids([BYTES[byte] for byte in "é你😀".encode()])
         assert stream(Detokenizer(byte_fallback()), ids) == ["", "é", "", "", "你", "", "", "", "😀", ""]
 
+    @pytest.mark.parametrize("text", [" 😀", "  😀", " é", " 你a", "\n😀"])
+    def test_a_space_at_the_beginning_looks_invalid_beside_an_unfinished_character(self, text: str) -> None:
+        ids = byte_fallback().convert_tokens_to_ids([BYTES[byte] for byte in text.encode()])
+        assert "".join(stream(Detokenizer(byte_fallback()), ids)) == at_once(ids, byte_fallback())
+
     def test_special_tokens_show_only_if_asked_for(self) -> None:
         ids = byte_level().encode(f"Hello{SPECIAL} world")
         assert text_of(ids) == "Hello world"

@@ -26,6 +26,11 @@ def decode(
     return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **options)
 
 
+def count_replacements(text: str) -> int:
+    """How many replacement characters ``text`` ends with."""
+    return len(text) - len(text.rstrip(REPLACEMENT))
+
+
 class Detokenizer:
     """The text of one sequence, token by token, and its first stop string.
 
@@ -134,12 +139,14 @@ class Detokenizer:
         if decoded == self._decoded and not self._decode([token_id, token_id]):
             return ""  # It shows nowhere: skipped, or beyond the vocabulary. (A space only shows after another token.)
         window.append(token_id)
-        if not decoded.startswith(self._said):
+        # More replacements than new tokens stand for one that shows as nothing yet: a space at the beginning.
+        spoiled = not self._said and count_replacements(decoded) > len(window) - self._settled
+        if spoiled or not decoded.startswith(self._said):
             # The decoder took text back: go on from where it was complete. This also happens with byte tokens in
             # SentencePiece, where the characters before an unfinished one look invalid until it is complete.
             del window[: self._settled]
             decoded, self._said, self._settled = self._decode(window), "", 0
-        unfinished = min(MAX_UNFINISHED, len(decoded) - len(decoded.rstrip(REPLACEMENT)))
+        unfinished = min(MAX_UNFINISHED, count_replacements(decoded))
         end = max(len(self._said), len(decoded) - unfinished)
         new = decoded[len(self._said) : end]
         if end == len(decoded):
