@@ -2,8 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,7 @@ if (reason := kernels.why_no_cpu_kernels()) is not None:
 from nanovllm.attention import cpu_items
 from nanovllm.kernels.cpu.paged_attention import TILE_ROWS, Items
 from nanovllm.kernels.cpu.vectors import LANES
-from tests.threads import one_thread  # noqa: F401
+from tests.threads import one_thread, threads  # noqa: F401
 
 CPU = torch.device("cpu")
 ONE_BLOCK = 1  # of MIN_SHARED_TOKENS: whatever is shared is gone through together
@@ -34,16 +32,6 @@ ONE_BLOCK = 1  # of MIN_SHARED_TOKENS: whatever is shared is gone through togeth
 def examples(count: int) -> settings:
     """The same ``count`` examples in every run."""
     return settings(derandomize=True, deadline=None, max_examples=count)
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +29,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.product import TiledWeight
 from nanovllm.layers.rotary_embedding import apply_rotary
 from nanovllm.utils import huge_pages
-from tests.threads import one_thread  # noqa: F401
+from tests.threads import one_thread, threads  # noqa: F401
 
 CPU = torch.device("cpu")
 DTYPES = st.sampled_from((torch.bfloat16, torch.float32))
@@ -58,16 +57,6 @@ def poison_allocations() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def random_rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int, padding: int = 0) -> torch.Tensor:

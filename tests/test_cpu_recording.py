@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -28,7 +27,7 @@ from nanovllm.engine.recorded_steps import RecordedSteps
 from nanovllm.kernels.cpu import launch, paged_attention, recording
 from nanovllm.kernels.cpu.rms_norm import rms_norm
 from nanovllm.kernels.cpu.silu_and_mul import silu_and_mul
-from tests.threads import one_thread  # noqa: F401
+from tests.threads import one_thread, threads  # noqa: F401
 
 Answers = list[tuple[list[int], Any]]  # of each completion, its tokens and their log-probabilities
 
@@ -85,16 +84,6 @@ def answers(outputs: list[Any]) -> Answers:
 
 def generate(llm: LLM, prompts: list[list[int]], wanted: Any = None) -> Answers:
     return answers(llm.generate(prompts, wanted or params(), use_tqdm=False))
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def assert_usual() -> None:

@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ class Recording:
 
     def __init__(self, launches: list[tuple[Kernel, int, tuple[int, ...]]]) -> None:
         self.kernels = [kernel for kernel, _, _ in launches]
+        self.places: dict[Kernel, list[int]] = {}  # of a kernel's launches
+        for place, kernel in enumerate(self.kernels):
+            self.places.setdefault(kernel, []).append(place)
         width = HEADER + max(len(arguments) for _, _, arguments in launches)
         self.arguments = np.zeros((len(launches), -(-width // 8) * 8), dtype=np.int64)
         for line, (_, tasks, arguments) in zip(self.arguments, launches, strict=True):
@@ -58,7 +62,7 @@ class Recording:
 
     def set_tasks(self, kernel: Kernel, tasks: int) -> None:
         """Change the number of tasks of all launches of a kernel."""
-        self.arguments[[one is kernel for one in self.kernels], 1] = tasks
+        self.arguments[self.places.get(kernel, []), 1] = tasks
 
     def replay(self) -> None:
         """Run all launches."""
@@ -263,6 +267,7 @@ def _replay(arguments: Any) -> None:
 _replay_kernel = Kernel(_replay)
 
 
+@cache
 def _yield_address() -> int:
     """The address of the function that offers the processor to others; 0 if there is none."""
     if sys.platform == "win32":
