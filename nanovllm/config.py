@@ -25,7 +25,8 @@ class EngineConfig:
         device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu; a ``torch.device`` is kept by its name.
         quantization: None, or int8: weights in eight bits, made of the checkpoint's when it is loaded (on the CPU).
         seed: The noise of requests that have no seed of their own derives from this.
-        tensor_parallel_size: Ranks that share the model.
+        tensor_parallel_size: Ranks that share the model, each in a process of its own.
+        tensor_parallel_timeout: Seconds that a rank waits for another within a step before it takes it for hung.
         max_model_len: Most tokens of a sequence, prompt and output together; by default the model's, at most 4096.
         max_num_seqs: Most sequences resident at once.
         max_num_batched_tokens: Most tokens one step computes, prompt chunks and decode tokens together; on
@@ -51,6 +52,7 @@ class EngineConfig:
     quantization: str | None = None
     seed: int = 0
     tensor_parallel_size: int = 1
+    tensor_parallel_timeout: float = 60.0
     max_model_len: int | None = None
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 16384
@@ -99,6 +101,8 @@ class EngineConfig:
             keep("max_model_len", check_int("max_model_len", self.max_model_len, low=2))
         utilization = check_number("gpu_memory_utilization", self.gpu_memory_utilization, low=0.01, high=1.0)
         keep("gpu_memory_utilization", utilization)
+        timeout = check_number("tensor_parallel_timeout", self.tensor_parallel_timeout, low=1.0, high=86400.0)
+        keep("tensor_parallel_timeout", timeout)
         for name in ("model", "tokenizer"):
             path = getattr(self, name)
             if path is not None and not os.path.isdir(path):

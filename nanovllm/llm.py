@@ -36,7 +36,8 @@ class LLM:
         device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu.
         quantization: None, or int8: weights in eight bits, made of the checkpoint's when it is loaded (on the CPU).
         seed: The noise of requests without a seed of their own derives from this.
-        tensor_parallel_size: Ranks that share the model.
+        tensor_parallel_size: Ranks that share the model, each in a process of its own.
+        tensor_parallel_timeout: Seconds that a rank waits for another within a step before it takes it for hung.
         max_model_len: Most tokens of a sequence, prompt and output together; by default the model's, at most 4096.
         max_num_seqs: Most sequences resident at once.
         max_num_batched_tokens: Most tokens one step computes; on the CPU at most 512, which is faster there.
@@ -65,6 +66,7 @@ class LLM:
         quantization: str | None = None,
         seed: int = 0,
         tensor_parallel_size: int = 1,
+        tensor_parallel_timeout: float = 60.0,
         max_model_len: int | None = None,
         max_num_seqs: int = 512,
         max_num_batched_tokens: int = 16384,
@@ -86,6 +88,7 @@ class LLM:
             quantization=quantization,
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_timeout=tensor_parallel_timeout,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

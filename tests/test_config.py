@@ -40,6 +40,7 @@ class TestDefaults:
             "device": "auto",
             "seed": 0,
             "tensor_parallel_size": 1,
+            "tensor_parallel_timeout": 60.0,
             "max_model_len": None,
             "max_num_seqs": 512,
             "max_num_batched_tokens": 16384,

@@ -14,7 +14,7 @@ PACKAGE = Path(nanovllm.__path__[0])
 # What the modules of a part may import of the package, from the top down. A part is a module or a whole folder, the
 # longest name that fits decides, and a folder's modules may import each other.
 UTILS = {"utils", "version"}
-PLAIN = {"sampling_params", "outputs", *UTILS}  # values that every level may see
+PLAIN = {"errors", "sampling_params", "outputs", *UTILS}  # values that every level may see
 ARITHMETIC = {"layers.noise", "layers.temperature", "layers.top_tokens"}  # what kernels share with the layers
 MODEL = {"attention", "kernels", "layers", *ARITHMETIC, *UTILS}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.step_handle",
         "engine.request",
         "engine.tokenizer",
-        "engine.workers",
+        "engine.parallel_runner",
         "models",  # the names of the architectures
         "config",
         *PLAIN,
@@ -63,7 +63,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.sequence": {"engine.step_plan", *PLAIN},
     "engine.step_plan": PLAIN,
     "engine.detokenizer": set(),
-    "engine.workers": {"engine.model_runner", "engine.step_plan", "config", *PLAIN},
+    "engine.parallel_runner": {
+        "engine.model_runner",
+        "engine.plan_codec",
+        "engine.step_handle",
+        "engine.step_plan",
+        "engine.workers",
+        "config",
+        *UTILS,
+    },
+    "engine.plan_codec": {"engine.batch_state", "engine.step_plan", *PLAIN},
+    "engine.workers": {"engine.placement", "layers", "config", *PLAIN},
+    "engine.worker_process": {"engine.model_runner", "engine.plan_codec", "engine.workers", "layers", *UTILS},
     "engine.model_runner": {
         "engine.batch_state",
         "engine.cuda_graphs",
@@ -89,6 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels.cpu": UTILS,
     **dict.fromkeys(sorted(ARITHMETIC), UTILS),
     "config": {"utils"},
+    "errors": set(),
     "sampling_params": {"utils"},
     "outputs": {"utils"},
     "utils": {"version"},

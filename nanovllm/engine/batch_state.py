@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nanovllm.attention.base import AttentionMetadata
-from nanovllm.engine.logit_rules import LogitRules
+from nanovllm.engine.logit_rules import LogitRules, has_rules
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers import temperature as schedules
 from nanovllm.layers.sampler import SamplingRows
@@ -124,6 +124,21 @@ class StepInput:
     places: SamplePlaces | None
     hidden_rows: torch.Tensor
     prompt_logprobs: list[PromptLogprobsInput]
+
+
+def is_special(entry: SlotEntry) -> bool:
+    """Whether a sequence asks for more than a fixed temperature."""
+    if entry.special is not None:
+        return entry.special
+    params = entry.params
+    return (
+        not isinstance(params.temperature, (int, float))
+        or params.top_k > 0
+        or params.top_p < 1
+        or params.min_p > 0
+        or params.logprobs is not None
+        or has_rules(entry)
+    )
 
 
 class BatchState:
@@ -263,24 +278,13 @@ class BatchState:
     def special_rows(self, slots: list[int]) -> SpecialRows | None:
         """The rows whose sequences ask for more than a fixed temperature; None if there are none."""
         if self._special is None or self._special[0] != slots:
-            rows = [row for row, slot in enumerate(slots) if self._is_special(slot)]
+            rows = [row for row, slot in enumerate(slots) if is_special(self.entries[slot])]
             special = None
             if rows:
                 special_slots = [slots[row] for row in rows]
                 special = SpecialRows(rows, special_slots, *self._tensor([rows, special_slots]).unbind(dim=0))
             self._special = (slots, special)
         return self._special[1]
-
-    def _is_special(self, slot: int) -> bool:
-        params = self.entries[slot].params
-        return (
-            not isinstance(params.temperature, (int, float))
-            or params.top_k > 0
-            or params.top_p < 1
-            or params.min_p > 0
-            or params.logprobs is not None
-            or self.rules.concerns([slot])
-        )
 
     def plain_rows(self, slot_index: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
         """Sampling parameters of rows of which only the temperature counts; the host need not know which rows."""

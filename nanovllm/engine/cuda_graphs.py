@@ -121,7 +121,7 @@ class DecodeGraphs:
         self.slots = buffer(torch.int32).fill_(-1)
         self.input_ids, self.positions, self.slot_mapping = (buffer(torch.int64) for _ in range(3))
         self.context_lengths, self.sampled = (buffer(torch.int32) for _ in range(2))
-        self.logits = buffer(dtype, state.rules.vocab_size)
+        self.logits = buffer(dtype, model.lm_head.rows)
         self._slots_sent = [-1] * max_rows  # what ``slots`` holds
         self._replays: dict[int, Callable[[], None]] = {}
         started = time.perf_counter()
@@ -188,7 +188,7 @@ class DecodeGraphs:
             metadata.context_lengths,
         )
         hidden = self.model(self.input_ids[:rows], positions, self.attention.begin_decode(metadata))
-        logits = self.model.compute_logits(hidden, out=self.logits[:rows])
+        logits = self.model.compute_share(hidden, out=self.logits[:rows])
         plain = state.plain_rows(slots.clamp(min=0).long(), positions + 1)
         tokens = self.sampler(logits, plain)
         self._decode_outputs(slots, tokens, state.num_computed, state.token_ids, self.sampled[:rows])

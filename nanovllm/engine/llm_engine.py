@@ -15,6 +15,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.intake import Intake, default_sampling_params
 from nanovllm.engine.metrics import Counters, percentiles
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.placement import resolve_device
 from nanovllm.engine.prompts import Prompt
 from nanovllm.engine.request import LostRequest, Owner, PreparedRequest, Request
@@ -50,10 +51,6 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         started = time.perf_counter()
-        if config.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size is {config.tensor_parallel_size}; this version runs on one rank (use 1)"
-            )
         self.config = config
         self.model_config = load_model_config(config.model, config.hf_overrides)
         longest = self.model_config.max_position_embeddings
@@ -69,7 +66,8 @@ class LLMEngine:
         resolve_device(config.device)
         default_params = default_sampling_params(self.model_config)
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or config.model)
-        self.runner = ModelRunner(config, self.model_config, self.max_model_len)
+        runner_class = ModelRunner if config.tensor_parallel_size == 1 else ParallelRunner
+        self.runner: Any = runner_class(config, self.model_config, self.max_model_len)
         block_manager = BlockManager(
             self.runner.num_kvcache_blocks, self.runner.block_size, config.enable_prefix_caching
         )

@@ -64,6 +64,8 @@ class LogitRules:
 
     def enter(self, entry: SlotEntry) -> None:
         """Note the rules of a sequence that enters a slot."""
+        if not has_rules(entry):
+            return
         params, rules = entry.params, _SlotRules(entry.params, entry.num_prompt_tokens)
         rules.processors = [(processor, takes_prompt(processor)) for processor in params.logits_processors or ()]
         rules.biases = [(token, bias, _ALWAYS) for token, bias in (params.logit_bias or {}).items()]
@@ -73,8 +75,6 @@ class LogitRules:
         rules.bad_words = [word for word in entry.bad_words if len(word) > 1]
         if has_penalties(params):
             rules.count_row = self._count(entry)
-        elif not (rules.biases or rules.bad_words or params.allowed_token_ids or rules.processors):
-            return
         self._slots[entry.slot] = rules
         self._batch = None
 
@@ -244,6 +244,18 @@ class LogitRules:
 def has_penalties(params: SamplingParams) -> bool:
     """Whether a request penalises tokens it has seen."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def has_rules(entry: SlotEntry) -> bool:
+    """Whether a sequence asks anything of its logits."""
+    params = entry.params
+    return has_penalties(params) or bool(
+        params.logit_bias
+        or params.allowed_token_ids
+        or params.logits_processors
+        or entry.stop_token_ids
+        or entry.bad_words
+    )
 
 
 def takes_prompt(processor: Callable[..., Any]) -> bool:

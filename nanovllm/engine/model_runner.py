@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import Int8Weight, pack_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.layers.sampler import Sampler, SamplingRows
+from nanovllm.layers.sampler import Sampler, SamplingRows, ShardedSampler
 from nanovllm.models.registry import get_model_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils import huge_pages
@@ -53,12 +54,22 @@ class ModelRunner:
         config: The engine's configuration.
         model_config: The checkpoint's.
         max_model_len: Most tokens of a sequence.
+        parallel: Which share of the model it holds.
+        agree: Given the KV blocks that it has room for, those that all ranks have.
 
     Raises:
         ValueError: The device, dtype, architecture or backend cannot be had, or memory is too small.
     """
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        max_model_len: int,
+        parallel: ParallelGroup = ParallelGroup(),  # noqa: B008  # it is frozen
+        agree: Callable[[int], int] = int,
+    ) -> None:
+        self.parallel, self._agree = parallel, agree
         self.config = config
         self.model_config = model_config
         self.max_model_len = max_model_len
@@ -66,7 +77,7 @@ class ModelRunner:
         self.dtype = resolve_dtype(config.dtype, model_config, self.device)
         # A stream of our own: steps run in order whichever thread launches them, in whatever context of the caller's.
         self._stream = _take_stream(self.device) if self.device.type == "cuda" else None
-        self._threads = ThreadLimit() if self.device.type == "cpu" else None
+        self._threads = ThreadLimit(parallel.size) if self.device.type == "cpu" else None
         self.graphs: DecodeGraphs | None = None
         self.graph_bytes = 0
         self.recorded: RecordedSteps | None = None
@@ -74,7 +85,7 @@ class ModelRunner:
         # Whether the device runs behind the host, which must then wait for nothing on the way of a step.
         runs_behind = self.device.type in ("cuda", "mps")
         # Whether rows that ask for more than a temperature are drawn by themselves. The CPU draws row by row anyway.
-        self.draws_apart = runs_behind
+        self.draws_apart = runs_behind or parallel.size > 1
         # One at a time: profiling, and what others capture, disturb each other.
         lock = _construction if self._stream is not None else nullcontext()
         with lock, self._on_device(), self._as_asked():
@@ -84,7 +95,9 @@ class ModelRunner:
                 self.warm_up()
             if self._wants_graphs():
                 self.capture_graphs(CudaCapture())
-            if isinstance(self.attention, CpuAttention) and not config.enforce_eager and kernels.is_enabled("graphs"):
+            alone = parallel.size == 1  # what ranks send each other is not recorded
+            is_recorded = alone and not config.enforce_eager and kernels.is_enabled("graphs")
+            if is_recorded and isinstance(self.attention, CpuAttention):
                 self.recorded = RecordedSteps(self.model, self.attention, self.num_slots)
         # Steps in flight before the results of the first are taken in. The CPU would gain nothing: it is the device.
         self.overlap_depth = 1 if runs_behind and kernels.is_enabled("overlap") else 0
@@ -92,7 +105,7 @@ class ModelRunner:
     def _load(self) -> None:
         """Choose the attention backend, and load the model."""
         config, model_config = self.config, self.model_config
-        parallel = ParallelGroup()
+        parallel = self.parallel
         model_class = get_model_class(model_config.architecture)
         spec = AttentionSpec(
             num_layers=model_config.num_hidden_layers,
@@ -130,14 +143,16 @@ class ModelRunner:
             ) from error
         self.model.eval()
         pack_weights(self.model, config.quantization)
-        self.sampler = Sampler(model_config.vocab_size, self.device)
+        self.sampler = self.plain_sampler = Sampler(model_config.vocab_size, self.device)
+        if parallel.size > 1:
+            self.plain_sampler = ShardedSampler(self.model.lm_head.rows, self.device, parallel)
         logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
 
     def _allocate(self) -> None:
         """Size and allocate the KV cache, and the batch state."""
         budget = self.config.max_num_batched_tokens
         self.max_step_tokens = min(budget, CPU_STEP_TOKENS) if self.device.type == "cpu" else budget
-        self.num_kvcache_blocks = self._size_kv_cache()
+        self.num_kvcache_blocks = self._agree(self._size_kv_cache())
         self.attention.allocate_cache(self.num_kvcache_blocks)
         self.num_slots = min(self.num_slots, self.num_kvcache_blocks)
         self.batch_state = BatchState(
@@ -174,7 +189,7 @@ class ModelRunner:
         before = free_memory(self.device)
         try:
             self.graphs = DecodeGraphs(
-                self.model, self.attention, self.sampler, self.batch_state, self.num_slots, self.dtype, capture
+                self.model, self.attention, self.plain_sampler, self.batch_state, self.num_slots, self.dtype, capture
             )
         except Exception as error:  # whatever the driver objects to, the engine works without
             self.graphs = None
@@ -230,10 +245,10 @@ class ModelRunner:
             return StepHandle(None, prompt_logprobs=prompt_logprobs)
         if rows is None:
             hidden = hidden.index_select(0, step.hidden_rows)  # no other rows have logits
-        logits = self.model.compute_logits(hidden, self._logits_buffer(len(hidden)))
+        logits = self.model.compute_share(hidden, self._logits_buffer(len(hidden)))
         if not self.draws_apart:
             return StepHandle(*self._draw(logits, places), prompt_logprobs)
-        tokens = self.sampler(logits, state.plain_rows(places.slot_index, places.positions))
+        tokens = self.plain_sampler(logits, state.plain_rows(places.slot_index, places.positions))
         state.write(places, tokens)
         return self._sample_special(tokens, logits, places.slots, places.longest, prompt_logprobs)
 
@@ -257,7 +272,7 @@ class ModelRunner:
         if self.device.type != "cpu":
             return None
         if self._logits is None or len(self._logits) < rows:
-            self._logits = huge_pages.empty((rows, self.model_config.vocab_size), torch.float32)
+            self._logits = huge_pages.empty((rows, self.model.lm_head.rows), torch.float32)
         return self._logits[:rows]
 
     def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> StepHandle:
@@ -283,7 +298,13 @@ class ModelRunner:
             return StepHandle(tokens, prompt_logprobs=prompt_logprobs)
         positions = state.num_computed[special.slot_index].long()  # by now, those of the sampled tokens
         places = SamplePlaces(special.slots, special.slot_index, positions, longest)
-        drawn, errors, logprobs = self._draw(logits[special.index].float(), places)
+        whole = self.model.whole_logits(logits[special.index]).float()
+        drawn, errors, logprobs = torch.empty_like(special.index), dict[int, str](), None
+        if self.parallel.rank == 0:  # a request's own callables are called once
+            drawn, errors, logprobs = self._draw(whole, places)
+        self.parallel.broadcast(drawn)
+        if self.parallel.rank > 0:
+            state.write(places, drawn)
         tokens[special.index] = drawn.to(tokens.dtype)
         return StepHandle(
             tokens,
@@ -343,7 +364,7 @@ class ModelRunner:
         self.graphs = self.recorded = self._logits = None
         if self.device.type == "mps":
             settle_mps()
-        del self.model, self.attention, self.batch_state, self.sampler
+        del self.model, self.attention, self.batch_state, self.sampler, self.plain_sampler
         if self.device.type == "mps":
             torch.mps.empty_cache()
         if self._stream is not None:
@@ -396,6 +417,8 @@ class ModelRunner:
         captured = 2 * peak * self.num_slots // self.config.max_num_batched_tokens if self._wants_graphs() else 0
         captured = min(captured, peak)
         budget = kv_budget(self.device, peak + captured + self._table_bytes(), self.config.gpu_memory_utilization)
+        if self.device.type == "cpu":  # the ranks share the memory
+            budget //= self.parallel.size
         num_blocks = min(budget // block_bytes, self.config.max_num_seqs * blocks_per_sequence)
         if self.device.type == "mps":
             num_blocks = min(num_blocks, MPS_DEFAULT_BLOCKS)

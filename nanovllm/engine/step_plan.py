@@ -24,6 +24,7 @@ class SlotEntry:
         first_logprob: First prompt token whose log-probability is wanted; None for none.
         stop_token_ids: Tokens that are not sampled before ``params.min_tokens``.
         bad_words: Token ids of the words whose last token must not complete them.
+        special: Whether it asks for more than a fixed temperature; None if that can be told from the rest.
     """
 
     slot: int
@@ -35,6 +36,7 @@ class SlotEntry:
     first_logprob: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    special: bool | None = None
 
 
 @dataclass(slots=True)

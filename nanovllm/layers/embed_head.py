@@ -9,11 +9,15 @@ from torch import nn
 from nanovllm import kernels
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import PackableProduct, PackedWeight
+from nanovllm.layers.top_tokens import BLOCK
 from nanovllm.utils.loader import COPY, DifferentCopyError, Span, TensorSource, copy_span, equals_rows, new_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a [vocab_size, hidden_size] table; each rank keeps an equal share, the last one padded with zeros.
+    """Rows of a [vocab_size, hidden_size] table; each rank keeps as many, the last ones padded with zeros.
+
+    Shares are whole blocks of the sampler's, so that each block is on one rank; of a small vocabulary some ranks get
+    nothing.
 
     Args:
         vocab_size: Rows of the whole table.
@@ -38,8 +42,10 @@ class VocabParallelEmbedding(nn.Module):
         self.vocab_size = vocab_size
         self.parallel = parallel
         self.rows = -(-vocab_size // parallel.size)
+        if parallel.size > 1:
+            self.rows += -self.rows % BLOCK
         self.first_id = min(parallel.rank * self.rows, vocab_size)
-        self.num_ids = min(self.rows, vocab_size - self.first_id)  # the rest of the rows is padding
+        self.num_ids = min(self.rows, vocab_size - self.first_id)  # the rest of the rows is padding; 0 beyond the end
         shape = (self.rows, hidden_size)
         self.kernel = kernels.load("embedding", torch.device(device), dtype)
         self.tied_to = [tied_to] if tied_to else []  # in a list: it is not a part of this module
@@ -85,15 +91,21 @@ class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[m
             if self.packed.rows(torch.zeros(1, dtype=torch.int64, device="cpu")) is not None:
                 embedding.weight, embedding.packed = None, self.packed
 
-    def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank.
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank."""
+        return self.whole(self.product(hidden, dtype=torch.float32))
 
-        With ``out`` [rows, vocab_size], they are written there in its dtype, without a float32 copy.
+    def share(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> float32 logits of this rank's ids; -inf beyond the vocabulary's end.
+
+        With ``out`` of that shape, they are written there in its dtype, without a float32 copy.
         """
-        if out is not None:
-            if self.parallel.size > 1:
-                return out.copy_(self.parallel.all_gather(self.product(hidden))[:, : self.vocab_size])
-            return self.product(hidden, dtype=out.dtype, out=out)
-        logits = self.parallel.all_gather(self.product(hidden, dtype=torch.float32))
+        logits = self.product(hidden, dtype=torch.float32 if out is None else out.dtype, out=out)
+        if self.num_ids < self.rows:
+            logits[:, self.num_ids :] = float("-inf")
+        return logits
+
+    def whole(self, share: torch.Tensor) -> torch.Tensor:
+        """The ranks' shares of some rows of logits -> those rows [rows, vocab_size], the same on every rank."""
         # Padding, if there is any, is the end of the last shares that hold rows, hence the end of the whole.
-        return logits[:, : self.vocab_size]
+        return self.parallel.all_gather(share)[:, : self.vocab_size]

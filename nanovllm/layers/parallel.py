@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +16,7 @@ class ParallelGroup:
     Args:
         rank: This rank, from 0.
         size: Number of ranks.
-        process_group: Their torch.distributed group; None for one rank.
+        process_group: Theirs, one of torch.distributed's, which need not be registered there; None for one rank.
     """
 
     rank: int = 0
@@ -27,16 +26,26 @@ class ParallelGroup:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum ``x`` over the ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x, group=self.process_group)
+            self.process_group.allreduce([x]).wait()
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate the ranks' ``x`` [..., n] along the last dimension: [..., size * n], rank 0's columns first."""
+        return x if self.size == 1 else torch.cat(self.gather(x), dim=-1)
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's ``x``, of the same shape, in the order of the ranks."""
         if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.process_group)
-        return torch.cat(parts, dim=-1)
+            return [x]
+        parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(self.size)]
+        self.process_group.allgather([parts], [x.contiguous()]).wait()
+        return parts
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's ``x``, on every rank, in place."""
+        if self.size > 1:
+            self.process_group.broadcast([x]).wait()
+        return x
 
     def shard(self, total: int, what: str) -> tuple[int, int]:
         """This rank's half-open range of ``total`` equal parts; ValueError naming ``what`` if they do not divide."""

@@ -25,6 +25,7 @@ from torch import nn
 
 from nanovllm import kernels
 from nanovllm.layers.noise import GOLDEN, block_words, exponential_noise, signed_word, token_words
+from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE
 from nanovllm.layers.top_tokens import BLOCK, in_blocks, most_likely, rows_at_a_time
 
@@ -112,6 +113,41 @@ class Sampler(nn.Module):
         return tokens.masked_fill_(~batch.peaks.isfinite(), -1)
 
 
+class ShardedSampler(Sampler):
+    """The same by temperature alone, of logits that are spread over the ranks; all of them get the same token.
+
+    A draw is the largest of weights over noise, so the largest of each rank's largest. They compare theirs instead of
+    gathering the logits.
+
+    Args:
+        num_columns: Of each rank's share of the logits, a multiple of BLOCK.
+        device: Where the logits are.
+        parallel: This rank, which holds the columns from ``rank * num_columns`` on.
+    """
+
+    def __init__(self, num_columns: int, device: torch.device, parallel: ParallelGroup) -> None:
+        super().__init__(num_columns, device)
+        self.sample_kernel = None
+        self.parallel = parallel
+        self.first_id = parallel.rank * num_columns
+        mine = slice(self.first_id // BLOCK, (self.first_id + num_columns) // BLOCK)
+        self.block_words = block_words(mine.stop, device)[mine].contiguous()
+        self.token_words = token_words(mine.stop * BLOCK, device).view(-1, BLOCK)[mine].contiguous()
+
+    def forward(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+        """This rank's logits [rows, num_columns], any float dtype up to float32, to token ids as :class:`Sampler`'s."""
+        batch = _Batch(self, logits.float(), rows)
+        weight, token = batch.heaviest()
+        found = torch.stack([batch.peaks, weight, self.first_id + token, self.first_id + batch.greedy()]).double()
+        peaks, weights, drawn, greedy = torch.stack(self.parallel.gather(found), dim=1)  # [ranks, rows] each
+        peak, best = peaks.max(dim=0)
+        weights = (weights * torch.exp2(batch.scale * (peaks - peak))).nan_to_num(nan=0.0)  # NaN: a rank without ids
+        chosen = torch.where(
+            rows.temperature == 0, greedy.gather(0, best[None]), drawn.gather(0, weights.argmax(0)[None])
+        )
+        return chosen[0].long().masked_fill_(~peak.isfinite(), -1)
+
+
 class _Batch:
     """One call of the sampler."""
 
@@ -131,6 +167,11 @@ class _Batch:
         """The most likely tokens, the lowest id of several."""
         block = self.maxima.argmax(dim=-1)
         return block * BLOCK + self.blocks[self.everything, block].argmax(dim=-1)
+
+    def heaviest(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws of all rows by temperature alone: the weights over noise of their blocks, and the tokens."""
+        weight = (self.sums / self._noise(self.everything, self.sampler.block_words)).amax(dim=-1)
+        return weight, self._draw(self.everything, self.sums)
 
     def sample(self) -> torch.Tensor:
         """Draws for all rows; greedy ones get any token."""

@@ -235,9 +235,17 @@ class Qwen3ForCausalLM(nn.Module):
         """
         return self.model(token_ids, positions, attention, rows)
 
-    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size]; with ``out``, there and in its dtype."""
-        return self.lm_head(hidden, out)
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> float32 logits [rows, vocab_size], the same on every rank."""
+        return self.lm_head(hidden)
+
+    def compute_share(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The same of the ids that this rank holds, all if it is alone; with ``out``, there and in its dtype."""
+        return self.lm_head.share(hidden, out)
+
+    def whole_logits(self, share: torch.Tensor) -> torch.Tensor:
+        """The ranks' shares of some rows -> those rows, [rows, vocab_size]."""
+        return self.lm_head.whole(share)
 
     def resolve_weight(self, name: str) -> tuple[str, str] | None:
         """(parameter, shard id) that a checkpoint tensor fills; None if the model has no use for it."""

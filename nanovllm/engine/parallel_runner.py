@@ -1,0 +1,74 @@
+"""Rank 0's runner in an engine of several ranks: what it runs, the others run as well."""
+
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.plan_codec import PlanEncoder
+from nanovllm.engine.step_handle import StepHandle
+from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.workers import Workers, on_rank
+from nanovllm.utils.model_config import ModelConfig
+
+
+class ParallelRunner:
+    """A :class:`ModelRunner` of rank 0 and the workers beside it; attributes are the runner's.
+
+    Raises:
+        ValueError: As the runner does, or there are no ranks to be had.
+        EngineDeadError: A rank failed to start or to load its share.
+    """
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
+        check_shares(config, model_config)
+        self.workers = Workers(config, max_model_len)
+        try:
+            parallel = self.workers.join()
+            self.runner = self.workers.run(
+                lambda: ModelRunner(on_rank(config, 0), model_config, max_model_len, parallel, self.workers.agree)
+            )
+            self.workers.collect("ready")
+        except BaseException:
+            self.workers.shut_down()
+            raise
+        self._encoder = PlanEncoder()
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """As the runner's, on all ranks."""
+        return self.workers.run(lambda: self._execute(plan))
+
+    def _execute(self, plan: StepPlan) -> StepHandle:
+        self.workers.send(self._encoder.encode(plan))
+        return self.runner.execute(plan)
+
+    def close(self) -> None:
+        """End the workers and free this rank's share."""
+        self.workers.shut_down()
+        self.runner.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "runner":  # there is none yet
+            raise AttributeError(name)
+        return getattr(self.runner, name)
+
+
+def check_shares(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Raise ValueError unless the ranks can share the model evenly."""
+    size = config.tensor_parallel_size
+    heads, kv_heads = model_config.num_attention_heads, model_config.num_key_value_heads
+    inner = model_config.intermediate_size
+    for name, number in (("attention heads", heads), ("units in its MLPs", inner)):
+        if number % size:
+            fits = [
+                n
+                for n in range(1, heads + 1)
+                if heads % n == inner % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+            ]
+            raise ValueError(
+                f"tensor_parallel_size is {size}, which does not divide the model's {number} {name}; "
+                f"use one of {', '.join(map(str, fits))}"
+            )
+    if kv_heads % size and size % kv_heads:
+        raise ValueError(
+            f"tensor_parallel_size is {size}: that many ranks cannot share {kv_heads} key-value heads evenly"
+        )

@@ -1,0 +1,75 @@
+"""What a tensor-parallel rank other than 0 does, from its start to its end; see ``workers.py``."""
+
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+def main(fd: int, rank: int) -> None:
+    """Serve rank 0, which holds the other end of the socket ``fd``, until it says that it is over or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which then ends us or goes on
+    parent = os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    connection = Connection(fd)
+    try:
+        _serve(connection, rank)
+    except BaseException:
+        _say(connection, "error", traceback.format_exc())
+        os._exit(1)
+    os._exit(0)  # other threads, such as those of a process group whose peers are gone, are not waited for
+
+
+def _serve(connection: Connection, rank: int) -> None:
+    config, max_model_len, store, expected_versions = pickle.loads(connection.recv_bytes())
+    from nanovllm.engine.model_runner import ModelRunner
+    from nanovllm.engine.plan_codec import PlanDecoder
+    from nanovllm.engine.workers import CLOSE, Group, library_versions, on_rank
+    from nanovllm.layers.parallel import ParallelGroup
+    from nanovllm.utils.model_config import load_model_config
+
+    own_versions = library_versions()
+    if own_versions != expected_versions:
+        raise RuntimeError(f"this rank runs {own_versions}, rank 0 {expected_versions}: they must be the same")
+    logging.getLogger("nanovllm").setLevel(logging.ERROR)  # rank 0 says what there is to say
+    _say(connection, "hello", rank)
+    size = config.tensor_parallel_size
+    parallel = ParallelGroup(rank, size, Group(Path(store), rank, config))
+
+    def agree(num_blocks: int) -> int:
+        _say(connection, "blocks", num_blocks)
+        return pickle.loads(connection.recv_bytes())
+
+    model_config = load_model_config(config.model, config.hf_overrides)
+    runner = ModelRunner(on_rank(config, rank), model_config, max_model_len, parallel, agree)
+    _say(connection, "ready", rank)
+    decoder = PlanDecoder()
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        if message == CLOSE:
+            return
+        runner.execute(decoder.decode(message))
+
+
+def _say(connection: Connection, kind: str, value: Any) -> None:
+    try:
+        connection.send_bytes(pickle.dumps((kind, value)))
+    except OSError:  # rank 0 is gone
+        sys.exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """End this process, whatever it does, as soon as the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,363 @@
+"""The other ranks of a tensor-parallel engine: processes that hold a share of the model each and run the same steps.
+
+Rank 0 is in the caller's process. It starts the others (``worker_process.py``), each at the end of a pair of sockets
+that only the two know; the ranks find each other for their sums through a file in a private temporary directory. A step
+is a message to each, after which all compute; what they send each other then keeps them in step. Whichever way one of
+them ends, the sockets tell, and rank 0 ends the others and raises :class:`EngineDeadError`.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import platform
+import queue
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.placement import resolve_device
+from nanovllm.errors import EngineDeadError
+from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.version import __version__
+
+T = TypeVar("T")
+
+START_SECONDS = 600.0  # until a worker has loaded its share
+GRACE_SECONDS = 2.0  # for others to fail, or to end by themselves, once one has
+LATEST_SECONDS = 4.0  # after a worker's end: by then rank 0 has failed as well, or is given up
+CLOSE = b"close"
+
+# What a worker is started with. The caller's main module plays no part in it, so that it needs no guard.
+_BOOTSTRAP = """
+import json, sys
+sys.path[:], fd, rank = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+try:
+    from nanovllm.engine.worker_process import main
+except BaseException:
+    import pickle, traceback
+    from multiprocessing.connection import Connection
+    Connection(fd).send_bytes(pickle.dumps(("error", traceback.format_exc())))
+    sys.exit(1)
+main(fd, rank)
+"""
+
+
+class Workers:
+    """Ranks 1 to ``size - 1`` of an engine, and what rank 0 shares with them.
+
+    Args:
+        config: The engine's configuration.
+        max_model_len: Most tokens of a sequence.
+
+    Raises:
+        ValueError: There are no process groups here, or too few devices.
+    """
+
+    def __init__(self, config: EngineConfig, max_model_len: int) -> None:
+        reason = why_not(config)
+        if reason is not None:
+            raise ValueError(f"tensor_parallel_size is {config.tensor_parallel_size}, but {reason}")
+        self.config, self.size = config, config.tensor_parallel_size
+        self.failure: str | None = None
+        self.failed_at = 0.0
+        self._group: Group | None = None
+        self._lock = threading.Lock()
+        self._replies: queue.Queue[tuple[int, str, Any]] = queue.Queue()
+        self.directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # nobody else's to read
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.connections: list[Connection] = []
+        self._thread = _Thread()
+        self._finalizer = weakref.finalize(
+            self, _clean_up, self.processes, self.connections, self.directory, self._thread
+        )
+        first = pickle.dumps((config, max_model_len, str(self.directory / "store"), library_versions()))
+        for rank in range(1, self.size):
+            self._start(rank, first)
+        self._reader = threading.Thread(target=_read, args=(weakref.ref(self), list(self.connections)), daemon=True)
+        self._reader.start()
+
+    def _start(self, rank: int, first: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            fd = theirs.fileno()
+            process = subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(fd), str(rank)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[fd],
+                start_new_session=True,  # Ctrl-C in the terminal is for rank 0 to hear
+            )
+        self.processes.append(process)
+        connection = Connection(ours.detach())
+        self.connections.append(connection)
+        connection.send_bytes(first)
+
+    def join(self) -> ParallelGroup:
+        """Wait for the workers to be up, and meet them.
+
+        Raises:
+            EngineDeadError: One of them is not.
+        """
+        self.collect("hello")
+        self._group = self.run(lambda: Group(self.directory / "store", 0, self.config))
+        return ParallelGroup(0, self.size, self._group)
+
+    def collect(self, kind: str) -> list[Any]:
+        """Every worker's message of a kind, the next it sends, in the order of the ranks."""
+        found: dict[int, Any] = {}
+        deadline = time.monotonic() + START_SECONDS
+        while len(found) < self.size - 1:
+            self.check()
+            try:
+                rank, got, value = self._replies.get(timeout=0.05)
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    self._fail(f"not all ranks had said {kind!r} after {START_SECONDS:.0f} s")
+                continue
+            if got == kind:
+                found[rank] = value
+        return [found[rank] for rank in range(1, self.size)]
+
+    def agree(self, num_blocks: int) -> int:
+        """The least number of KV blocks that any rank has room for, which all then take."""
+        least = min(num_blocks, *self.collect("blocks"))
+        self.send(pickle.dumps(least))
+        return least
+
+    def send(self, message: bytes) -> None:
+        """Give all workers a message."""
+        for connection in self.connections:
+            try:
+                connection.send_bytes(message)
+            except OSError:  # the reader has heard, or is about to hear, why
+                self._await_failure()
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call a function that meets the other ranks, in a thread of its own, where no Ctrl-C ends it half-way.
+
+        Raises:
+            EngineDeadError: It failed, as it does when another rank has ended, or a rank has hung.
+        """
+        self.check()
+        future = self._thread.submit(function)
+        while not future.done():
+            wait_for_futures([future], timeout=0.2)
+            if self.failure is not None and time.monotonic() - self.failed_at > LATEST_SECONDS:
+                break
+        if future.done():
+            try:
+                return future.result()
+            except EngineDeadError:
+                raise
+            except ValueError:  # what cannot be served is no rank's failure
+                self.shut_down()
+                raise
+            except Exception as error:
+                self._await_failure(f"rank 0 failed: {type(error).__name__}: {error}", error)
+        self.check()
+        raise AssertionError
+
+    def check(self) -> None:
+        """Raise EngineDeadError if a rank has ended."""
+        if self.failure is not None:
+            self.shut_down()
+            raise EngineDeadError(f"{self.failure}; the engine is closed, make a new LLM")
+
+    def shut_down(self) -> None:
+        """End all workers, however they are, and leave nothing behind. May be called any number of times."""
+        if self.failure is None:
+            self.failure = "the engine was closed"
+        if self._group is not None:
+            self._group.close()
+        self._finalizer()
+
+    def _await_failure(self, otherwise: str = "a rank has ended", cause: BaseException | None = None) -> None:
+        """Raise what has gone wrong: what a rank that has ended says of it explains more than ``otherwise``."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._fail(otherwise, cause)
+
+    def _fail(self, reason: str, cause: BaseException | None = None) -> None:
+        with self._lock:
+            if self.failure is None:
+                self.failure, self.failed_at = reason, time.monotonic()
+        self.shut_down()
+        raise EngineDeadError(f"{self.failure}; the engine is closed, make a new LLM") from cause
+
+    def _hear(self, rank: int, kind: str, value: Any) -> None:
+        """Take in what a worker says; ``kind`` is "ended" where its socket was closed."""
+        if kind == "error":
+            self._note(f"tensor-parallel rank {rank} failed:\n{value}")
+        elif kind == "ended":
+            self._note(f"tensor-parallel rank {rank} {_how(self.processes[rank - 1])}")
+        else:
+            self._replies.put((rank, kind, value))
+
+    def _note(self, failure: str) -> None:
+        with self._lock:
+            if self.failure is None:
+                self.failure, self.failed_at = failure, time.monotonic()
+
+
+def why_not(config: EngineConfig) -> str | None:
+    """Why an engine cannot have several ranks here; None if it can."""
+    if not torch.distributed.is_available():
+        return "this build of torch has no process groups (torch.distributed)"
+    if not hasattr(socket, "socketpair") or os.name != "posix":
+        return "it needs Linux or macOS"
+    if config.device.startswith("mps"):
+        return "there is one MPS device"
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        devices = torch.cuda.device_count()
+        if devices < config.tensor_parallel_size:
+            return f"there are {devices} CUDA devices (device='cpu' shares the processor)"
+    elif config.device.startswith("cuda"):
+        return f"device is {config.device!r}; use 'cuda', and CUDA_VISIBLE_DEVICES to choose devices"
+    return None
+
+
+def on_rank(config: EngineConfig, rank: int) -> EngineConfig:
+    """``config`` with the device that a rank is to use."""
+    is_cuda = resolve_device(config.device).type == "cuda"
+    return replace(config, device=f"cuda:{rank}") if is_cuda else config
+
+
+def library_versions() -> dict[str, str]:
+    """What all ranks must have in common."""
+    return {"nanovllm": __version__, "python": platform.python_version(), "torch": torch.__version__}
+
+
+class Group:
+    """A process group of our own, which torch.distributed knows nothing of: the program may have others.
+
+    It can be closed whoever still refers to it, be it the traceback of the error that ended the engine.
+
+    Args:
+        store: A file by which the ranks find each other; all of them wait here until they have.
+        rank: This rank.
+        config: The engine's configuration.
+    """
+
+    def __init__(self, store: Path, rank: int, config: EngineConfig) -> None:
+        self._group: Any = _make_group(store, rank, config)
+        self.allreduce, self.allgather, self.broadcast = (
+            self._group.allreduce,
+            self._group.allgather,
+            self._group.broadcast,
+        )
+
+    def close(self) -> None:
+        """Let go of the connections to the other ranks."""
+        for name in ("_group", "allreduce", "allgather", "broadcast"):
+            self.__dict__.pop(name, None)
+
+
+def _make_group(store: Path, rank: int, config: EngineConfig) -> Any:
+    distributed: Any = torch.distributed
+    size = config.tensor_parallel_size
+    files = distributed.FileStore(str(store), size)
+    limit = timedelta(seconds=config.tensor_parallel_timeout)
+    if resolve_device(config.device).type == "cuda":
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        return distributed.ProcessGroupNCCL(files, rank, size, options)
+    options = distributed.ProcessGroupGloo._Options()
+    options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # never on a network
+    options._timeout = limit
+    return distributed.ProcessGroupGloo(files, rank, size, options)
+
+
+class _Thread:
+    """One thread that calls functions, in order, and is not waited for when the program ends."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=_call_all, args=(self._calls,), daemon=True).start()
+
+    def submit(self, function: Callable[[], T]) -> "Future[T]":
+        future: Future[T] = Future()
+        self._calls.put((function, future))
+        return future
+
+    def end(self) -> None:
+        self._calls.put(None)
+
+
+def _call_all(calls: "queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]") -> None:
+    while (call := calls.get()) is not None:
+        function, future = call
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        del call, function, future  # they may hold the model
+
+
+def _read(workers: "weakref.ref[Workers]", connections: list[Connection]) -> None:
+    """Hear all workers until the last has ended; what a thread holds lives as long, so it holds them weakly."""
+    ranks = {connection: rank for rank, connection in enumerate(connections, 1)}
+    while ranks:
+        try:
+            ready = wait_for_any(list(ranks), timeout=1.0)
+        except OSError:  # closed by us
+            return
+        owner = workers()
+        if owner is None:
+            return
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = ranks[connection]
+            try:
+                kind, value = pickle.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                kind, value = "ended", None
+                del ranks[connection]
+            owner._hear(rank, kind, value)
+        del owner
+
+
+def _how(process: "subprocess.Popen[bytes]") -> str:
+    """How a process that closed its socket has ended."""
+    try:
+        code = process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return "closed its connection"
+    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _clean_up(
+    processes: "list[subprocess.Popen[bytes]]", connections: list[Connection], directory: Path, thread: _Thread
+) -> None:
+    """Tell the workers to end, and see to it that they do."""
+    thread.end()
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.send_bytes(CLOSE)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for connection in connections:
+        connection.close()
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,433 @@
+"""Several ranks on one machine: the same answers as one, small messages, and a clean end however one of them ends."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.engine.plan_codec import PlanDecoder, PlanEncoder
+from nanovllm.engine.step_plan import SlotEntry, StepPlan
+from nanovllm.layers.temperature import Linear
+from tests.checkpoints import load_reference, reference_greedy, write_checkpoint
+from tests.threads import one_thread  # noqa: F401
+
+needs_ranks = pytest.mark.skipif(
+    os.name != "posix" or not torch.distributed.is_available(), reason="needs process groups, on Linux or macOS"
+)
+FAULTS = Path(__file__).parent / "worker_faults"
+PREFIX = [7 + n % 50 for n in range(33)]
+PROMPTS = [[3], PREFIX, [*PREFIX, 9], [11, 12, 13] * 5, [5 + n % 90 for n in range(40)], [3]]
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+SOON = 5.0  # seconds in which the end of a rank must be heard
+KILLS = int(os.environ.get("NANOVLLM_TEST_KILLS", "6"))  # of ranks at random moments
+
+
+def open_llm(checkpoint: Path, size: int = 2, **options: Any) -> LLM:
+    given = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, "num_kvcache_blocks": 40, **options}
+    return LLM(checkpoint, tensor_parallel_size=size, **given)
+
+
+def tokens_of(llm: LLM, params: Any = GREEDY, prompts: list[list[int]] = PROMPTS) -> list[list[list[int]]]:
+    """By prompt and completion."""
+    return [[c.token_ids for c in output.outputs] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def belongings() -> dict[str, Any]:
+    """What a process holds, and what it may leave behind on the machine."""
+    me = psutil.Process()
+    shared = Path("/dev/shm")
+    return {
+        "processes": sorted(child.pid for child in me.children(recursive=True)),
+        "files": me.num_fds(),
+        "sockets": sorted(str(c.laddr) for c in me.net_connections() if c.status == psutil.CONN_LISTEN),
+        "shared memory": sorted(path.name for path in shared.iterdir()) if shared.exists() else [],
+        "temporary": sorted(path.name for path in Path(tempfile.gettempdir()).glob("nanovllm-*")),
+    }
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """Whatever was made within is gone soon afterwards."""
+    before = belongings()
+    yield
+    deadline = time.monotonic() + SOON
+    while (after := belongings()) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert after == before
+
+
+@contextmanager
+def fault(rank: int, where: str, what: str) -> Iterator[None]:
+    """Ranks that are started within it go wrong as ``worker_faults/sitecustomize.py`` says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+        patch.setenv("NANOVLLM_TEST_FAULT", f"{rank} {where} {what}")
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("parallel"))
+
+
+@pytest.fixture(scope="module")
+def used_once(checkpoint: Path) -> None:
+    """What a process keeps from its first group on (threads, files) is not what an engine leaves behind."""
+    with open_llm(checkpoint) as llm:
+        tokens_of(llm)
+
+
+@needs_ranks
+class TestAnswers:
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("size", "changes"),
+        [
+            (2, {}),
+            (4, {}),
+            (2, {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 300}),
+            (4, {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 48, "vocab_size": 97}),
+            (2, {"head_dim": 80, "attention_bias": True, "tie_word_embeddings": False, "vocab_size": 509}),
+            (3, {"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 1}),
+        ],
+        ids=str,
+    )
+    def test_are_those_of_transformers_and_of_one_rank(self, tmp_path: Path, size: int, changes: dict) -> None:
+        path = write_checkpoint(tmp_path, **changes)
+        reference = load_reference(path)
+        expected = [[reference_greedy(reference, prompt, 10)] for prompt in PROMPTS]
+        seeded = [SamplingParams(temperature=1.0, seed=n, max_tokens=12, ignore_eos=True) for n in range(len(PROMPTS))]
+        with open_llm(path, 1) as llm:
+            drawn = tokens_of(llm, seeded)
+        limits = [{}, {"num_kvcache_blocks": 6, "max_num_batched_tokens": 16, "max_num_seqs": 3, "max_model_len": 64}]
+        for options in limits:  # roomy; with preemptions and prompts in pieces
+            with open_llm(path, size, **options) as llm:
+                assert tokens_of(llm) == expected
+                assert tokens_of(llm) == expected  # the prompts' beginnings are cached now
+                assert tokens_of(llm, seeded) == drawn
+                llm.engine.scheduler.block_manager.check_integrity([])
+
+    def test_every_kind_of_request(self, checkpoint: Path) -> None:
+        called: list[int] = []
+
+        def ban_even(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            called.append(len(token_ids))
+            logits[::2] = float("-inf")
+            return logits
+
+        def fail(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            raise ValueError("made to fail")
+
+        params = [
+            SamplingParams(temperature=1.0, seed=1, max_tokens=10, n=3),
+            SamplingParams(temperature=0.9, top_p=0.7, seed=2, max_tokens=10, stop_token_ids=list(range(0, 200, 7))),
+            SamplingParams(temperature=1.3, top_k=12, seed=3, max_tokens=9, repetition_penalty=1.2, logprobs=1),
+            SamplingParams(temperature=Linear(1.0, 0.0, num_tokens=6), seed=4, max_tokens=10, ignore_eos=True),
+            SamplingParams(temperature=1.5, min_p=0.02, seed=5, max_tokens=10, logit_bias={17: 3.0}),
+            SamplingParams(temperature=1.0, seed=6, max_tokens=10, logits_processors=[ban_even], prompt_logprobs=1),
+        ]
+        with open_llm(checkpoint, 1) as llm:
+            expected = llm.generate(PROMPTS, params, use_tqdm=False)
+        calls = len(called)
+        with open_llm(checkpoint) as llm:
+            found = llm.generate(PROMPTS, params, use_tqdm=False)
+            [failed] = llm.generate(
+                [PROMPTS[1]], SamplingParams(logits_processors=[fail]), use_tqdm=False, on_error="return"
+            )
+            assert tokens_of(llm, params)[0] == [c.token_ids for c in expected[0].outputs]
+        assert "made to fail" in str(failed)
+        assert [[c.token_ids for c in out.outputs] for out in found] == [
+            [c.token_ids for c in o.outputs] for o in expected
+        ]
+        assert calls == 10
+        for one, other in ((found[2], expected[2]), (found[5], expected[5])):
+            for mine, theirs in zip(one.outputs[0].logprobs or [], other.outputs[0].logprobs or [], strict=True):
+                assert {t: pytest.approx(p.logprob, abs=1e-4) for t, p in theirs.items()} == {
+                    t: p.logprob for t, p in mine.items()
+                }
+        assert found[5].prompt_logprobs is not None
+
+    def test_two_engines_side_by_side_and_one_after_the_other(self, checkpoint: Path) -> None:
+        with open_llm(checkpoint) as first, open_llm(checkpoint) as second:
+            assert tokens_of(first) == tokens_of(second) == tokens_of(first)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", ["bfloat16"])
+    @pytest.mark.parametrize("quantization", [None, "int8"])
+    def test_the_demo_checkpoint_knows_its_answers(self, dtype: str, quantization: str | None) -> None:
+        from nanovllm.demo import DEMO_MODEL_PATH
+
+        with LLM(DEMO_MODEL_PATH, dtype=dtype, device="cpu", quantization=quantization, tensor_parallel_size=2) as llm:
+            questions = [[{"role": "user", "content": f"add {a} and {b}"}] for a, b in ((12, 30), (5, 7), (40, 9))]
+            answers = [out["text"] for out in llm.chat(questions, SamplingParams(temperature=0), use_tqdm=False)]
+        assert all(str(total) in answer for total, answer in zip((42, 12, 49), answers, strict=True))
+
+
+class TestMessages:
+    ENTRIES = st.builds(
+        lambda slot, count, special: SlotEntry(
+            slot,
+            array("i", range(count)),
+            list(range(count // 16 + 1)),
+            SamplingParams(temperature=0.7, top_k=5 if special else 0),
+            noise_key=2**63 + slot,
+            num_prompt_tokens=count,
+        ),
+        st.integers(0, 9),
+        st.integers(1, 50),
+        st.booleans(),
+    )
+
+    @settings(deadline=None, max_examples=150, derandomize=True)
+    @given(data=st.data())
+    def test_any_plans_arrive_as_they_were_sent(self, data: st.DataObject) -> None:
+        encoder, decoder = PlanEncoder(), PlanDecoder()
+        last = StepPlan()
+        for _ in range(data.draw(st.integers(1, 8))):
+            goes_on = data.draw(st.booleans())
+            released = data.draw(st.lists(st.sampled_from(last.slots or [0]), unique=True, max_size=3))
+            blocks = data.draw(st.lists(st.tuples(*[st.integers(0, 2**31 - 1)] * 3), max_size=4))
+            if goes_on:
+                rows = [
+                    (slot, start + length, 1, data.draw(st.integers(0, 9)) > 0)
+                    for slot, start, length in zip(last.slots, last.starts, last.lengths, strict=True)
+                    if slot not in released
+                ]
+                entered, prefill = [], 0
+            else:
+                row = st.tuples(st.integers(0, 9), st.integers(0, 4000), st.integers(1, 600), st.booleans())
+                rows = data.draw(st.lists(row, max_size=5, unique_by=lambda r: r[0]))
+                entered, prefill = data.draw(st.lists(self.ENTRIES, max_size=2)), data.draw(st.integers(0, 600))
+            columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], [], []]
+            last = StepPlan(released, entered, blocks, *columns, num_prefill_tokens=prefill)
+            found = decoder.decode(encoder.encode(last))
+            for name in ("released", "appended_blocks", "slots", "starts", "lengths", "samples", "num_prefill_tokens"):
+                assert getattr(found, name) == getattr(last, name)
+            for mine, theirs in zip(found.entered, last.entered, strict=True):
+                assert list(mine.token_ids) == list(theirs.token_ids)
+                assert (mine.slot, mine.block_ids, mine.noise_key) == (theirs.slot, theirs.block_ids, theirs.noise_key)
+                assert mine.special == (theirs.params.top_k > 0)
+
+    def test_a_decode_step_of_256_rows_takes_a_few_hundred_bytes_and_no_time(self) -> None:
+        encoder, decoder = PlanEncoder(), PlanDecoder()
+        rows, sizes, seconds = 256, [], []
+        for step in range(200):
+            starts = [3000 + 17 * row + step for row in range(rows)]
+            blocks = [(row, start // 16, start) for row, start in enumerate(starts) if start % 16 == 0]
+            plan = StepPlan([], [], blocks, list(range(rows)), starts, [1] * rows, [True] * rows)
+            begun = time.perf_counter()
+            message = encoder.encode(plan)
+            seconds.append(time.perf_counter() - begun)
+            sizes.append(len(message))
+            assert decoder.decode(message) == plan
+        assert max(sizes[1:]) < 300
+        assert sorted(seconds)[len(seconds) // 2] < 1e-3  # 0.1 ms on its own; others may be at work here
+
+    @needs_ranks
+    def test_a_message_of_any_size(self, checkpoint: Path) -> None:
+        """More than a socket's buffer holds at once: 512 prompts that enter in one step."""
+        prompts = [[3 + (n * 7 + i) % 200 for i in range(250)] for n in range(300)]
+        params = SamplingParams(temperature=0, max_tokens=1)
+        options = {"max_num_batched_tokens": 100_000, "max_num_seqs": 300, "num_kvcache_blocks": 6000}
+        with open_llm(checkpoint, 1, **options) as one, open_llm(checkpoint, **options) as two:
+            two.engine.scheduler.max_num_batched_tokens = 100_000
+            assert tokens_of(two, params, prompts) == tokens_of(one, params, prompts)
+
+
+@needs_ranks
+@pytest.mark.usefixtures("used_once")
+class TestEnds:
+    """Whatever happens to a rank, whenever: an error that says so, soon, and nothing left."""
+
+    def test_closing_leaves_nothing_and_may_be_done_twice(self, checkpoint: Path) -> None:
+        with nothing_left():
+            llm = open_llm(checkpoint, 4)
+            engine = llm.engine
+            tokens_of(llm)
+            llm.close()
+            llm.close()
+            engine.close()
+
+    def test_an_engine_that_is_let_go_takes_its_ranks_along(self, checkpoint: Path) -> None:
+        with nothing_left():
+            llm = open_llm(checkpoint)
+            tokens_of(llm)
+            del llm
+
+    @pytest.mark.parametrize("what", ["raise", "kill"])
+    @pytest.mark.parametrize("where", ["import", "_load", "_size_kv_cache", "_allocate", "execute:1", "execute:4"])
+    def test_a_rank_that_fails(self, checkpoint: Path, where: str, what: str) -> None:
+        with nothing_left(), fault(1, where, what):
+            with pytest.raises(EngineDeadError) as caught, open_llm(checkpoint) as llm:
+                tokens_of(llm)
+            wanted = "RuntimeError: made to fail" if what == "raise" else "rank 1 was ended by signal 9"
+            assert wanted in str(caught.value)
+        with open_llm(checkpoint) as llm:  # the next one starts at once
+            assert len(tokens_of(llm)) == len(PROMPTS)
+
+    @pytest.mark.parametrize("what", ["hang", "stop"])
+    def test_a_rank_that_hangs_in_a_step(self, checkpoint: Path, what: str) -> None:
+        with nothing_left(), fault(1, "execute:3", what):
+            with open_llm(checkpoint, tensor_parallel_timeout=2) as llm:
+                started = time.monotonic()
+                with pytest.raises(EngineDeadError, match=r"rank 0 failed: .*(?i:timed out|timeout)"):
+                    tokens_of(llm)
+                assert time.monotonic() - started < 2 + SOON
+                with pytest.raises(EngineDeadError, match="make a new LLM"):  # and ever after
+                    tokens_of(llm)
+
+    def test_the_end_of_an_idle_rank_is_heard_at_the_next_call(self, checkpoint: Path) -> None:
+        with nothing_left(), open_llm(checkpoint, 4) as llm:
+            tokens_of(llm)
+            llm.engine.runner.workers.processes[1].kill()
+            time.sleep(0.2)
+            with pytest.raises(EngineDeadError, match="rank 2 was ended by signal 9"):
+                tokens_of(llm)
+
+    @pytest.mark.parametrize("number", range(KILLS))
+    def test_a_rank_killed_at_any_moment(self, checkpoint: Path, number: int) -> None:
+        """From its start to its end."""
+        draw = random.Random(number)
+        size, moment = draw.choice([2, 2, 4]), draw.uniform(0, 3.0)
+        with nothing_left():
+            children = set(psutil.Process().children())
+            killed_at: list[float] = []
+
+            def kill() -> None:
+                time.sleep(moment)
+                ranks = [one for one in psutil.Process().children() if one not in children]
+                if ranks:
+                    draw.choice(ranks).kill()
+                    killed_at.append(time.monotonic())
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            try:
+                with open_llm(checkpoint, size) as llm:
+                    while killer.is_alive() or not killed_at:
+                        tokens_of(llm)
+            except EngineDeadError as error:
+                assert time.monotonic() - killed_at[0] < SOON
+                assert "was ended by signal 9" in str(error)
+            else:
+                raise AssertionError("the engine lived on")
+            finally:
+                killer.join()
+
+    def test_a_request_that_cannot_be_served_ends_no_rank(self, checkpoint: Path) -> None:
+        with open_llm(checkpoint) as llm:
+            with pytest.raises(ValueError, match="token"):
+                llm.generate([[5] * 5000], GREEDY, use_tqdm=False)
+            assert len(tokens_of(llm)) == len(PROMPTS)
+
+    def test_ranks_agree_on_the_fewest_blocks(self, checkpoint: Path) -> None:
+        with open_llm(checkpoint, num_kvcache_blocks=40) as llm:
+            assert llm.get_metrics()["num_kvcache_blocks"] == 40
+        with fault(1, "_size_kv_cache", "halve"), open_llm(checkpoint, num_kvcache_blocks=40) as llm:
+            assert llm.get_metrics()["num_kvcache_blocks"] == 20
+            assert len(tokens_of(llm)) == len(PROMPTS)
+
+    def test_ranks_of_different_versions_are_named(self, checkpoint: Path) -> None:
+        with nothing_left(), fault(1, "-", "older"):
+            with pytest.raises(EngineDeadError, match=r"this rank runs .*0\.1.* they must be the same"):
+                open_llm(checkpoint)
+
+    @pytest.mark.parametrize("size", [3, 5, 16])
+    def test_a_number_of_ranks_that_does_not_divide_the_heads(self, checkpoint: Path, size: int) -> None:
+        with pytest.raises(ValueError, match=f"tensor_parallel_size is {size}.* use one of 1, 2, 4, 8"):
+            open_llm(checkpoint, size)
+
+    def test_a_checkpoint_that_cannot_be_read_is_refused_as_by_one_rank(self, tmp_path: Path) -> None:
+        path = write_checkpoint(tmp_path)
+        file = path / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+        with nothing_left(), pytest.raises(Exception) as caught:
+            open_llm(path)
+        assert "model.safetensors" in str(caught.value)
+
+
+@needs_ranks
+class TestPrograms:
+    """Where it is used: a script without a guard, one that is interrupted, one that is killed."""
+
+    @staticmethod
+    def script(tmp_path: Path, checkpoint: Path, text: str) -> Path:
+        path = tmp_path / "program.py"
+        path.write_text(
+            "from nanovllm import LLM, SamplingParams\n"
+            f"llm = LLM({str(checkpoint)!r}, device='cpu', dtype='float32', skip_tokenizer_init=True, "
+            "num_kvcache_blocks=40, tensor_parallel_size=2)\n" + textwrap.dedent(text)
+        )
+        return path
+
+    def test_a_script_needs_no_guard(self, tmp_path: Path, checkpoint: Path) -> None:
+        text = "print(llm.generate([[3, 4]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)[0]['token_ids'])"
+        path = self.script(tmp_path, checkpoint, text)
+        done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("[") == 1
+        assert done.stderr == ""
+
+    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_its_end_is_its_ranks_end(self, tmp_path: Path, checkpoint: Path, how: signal.Signals) -> None:
+        text = """
+            print("up", flush=True)
+            while True:
+                llm.generate([[3, 4]] * 4, SamplingParams(max_tokens=300, ignore_eos=True), use_tqdm=False)
+        """
+        path = self.script(tmp_path, checkpoint, text)
+        process = subprocess.Popen(
+            [sys.executable, str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert len(ranks) == 1
+        os.killpg(process.pid, how)  # as the terminal does: all of its group
+        _, errors = process.communicate(timeout=30)
+        _, alive = psutil.wait_procs(ranks, timeout=SOON)
+        assert not alive
+        if how == signal.SIGINT:
+            assert errors.count("Traceback (most recent call last)") == 1
+            assert errors.rstrip().endswith("KeyboardInterrupt")
+
+    def test_ctrl_c_leaves_an_engine_that_works(self, tmp_path: Path, checkpoint: Path) -> None:
+        text = """
+            import os, signal, threading, time
+            params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+            expected = [out["token_ids"] for out in llm.generate([[3, 4], [5]], params, use_tqdm=False)]
+            for moment in range(12):
+                threading.Timer(0.01 + 0.013 * moment, os.kill, (os.getpid(), signal.SIGINT)).start()
+                try:
+                    while True:
+                        llm.generate([[3, 4], [5, 6, 7]] * 3, params, use_tqdm=False)
+                except KeyboardInterrupt:
+                    pass
+                found = [out["token_ids"] for out in llm.generate([[3, 4], [5]], params, use_tqdm=False)]
+                assert found == expected, moment
+            print("fine")
+        """
+        path = self.script(tmp_path, checkpoint, text)
+        done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=90, check=False)
+        assert done.stdout == "fine\n", done.stderr
