@@ -5,6 +5,7 @@
     python bench.py --preset mini --random-weights qwen3-0.6b --engine nanovllm,hf --repeats 3
     python bench.py --random-weights qwen3-0.6b --engine nanovllm,hf-cb --separately
     python bench.py --model PATH --workload 64:16-64:16-64 --workload 32:1-16:32-32:1024 --json results.json
+    python bench.py --random-weights qwen3-0.6b --tensor-parallel-size 2 --engine nanovllm,one-rank
     python bench.py --preset mini --compare vllm,openvino,llama,hf --peers DIR --repeats 3
 
 Engines run in one process and take turns on the same requests, because machines drift; or, with --separately, one after
@@ -28,7 +29,7 @@ import torch
 
 from benchmarks.compare import COMPARED_SHAPE, check_comparison, compare_engines, compared_names
 from benchmarks.hf_engines import HFContinuousEngine, HFEngine
-from benchmarks.nanovllm_engine import INTEGER_OPTIONS, NanovllmEngine
+from benchmarks.nanovllm_engine import INTEGER_OPTIONS, NanovllmEngine, OneRankEngine
 from benchmarks.report import failures, result_of, summarise
 from benchmarks.workloads import PRESETS, Requests, Workload, gib, length_range, whole_number
 from nanovllm.demo import DEMO_MODEL_PATH
@@ -38,7 +39,9 @@ from nanovllm.utils.memory import peak_cpu_memory
 from nanovllm.utils.random_checkpoint import SHAPES, cached_random_checkpoint
 
 Engine = NanovllmEngine | HFEngine
-ENGINES: dict[str, type[Engine]] = {one.name: one for one in (NanovllmEngine, HFEngine, HFContinuousEngine)}
+ENGINES: dict[str, type[Engine]] = {
+    one.name: one for one in (NanovllmEngine, OneRankEngine, HFEngine, HFContinuousEngine)
+}
 
 
 def measure(engines: dict[str, Engine], held: dict[str, int], requests: Requests, repeats: int) -> dict[str, Any]:
@@ -164,7 +167,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
 
     add = parser.add_argument_group("run").add_argument
-    engine_help = "nanovllm (the default), hf (transformers), hf-cb (its continuous batching); of several, ratios"
+    engine_help = (
+        "nanovllm (the default), hf (transformers), hf-cb (its continuous batching), one-rank (nanovllm on the threads "
+        "that a rank of --tensor-parallel-size has); of several, ratios"
+    )
     add("--engine", type=engine_names, default=["nanovllm"], metavar="NAME[,NAME]", help=engine_help)
     add("--separately", action="store_true", help="close each engine before the next is opened, instead of turns")
     add("--repeats", type=count, default=1, metavar="N", help="report medians (default: 1)")

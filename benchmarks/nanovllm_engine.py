@@ -6,8 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.workloads import Requests, check_lengths, gib
 from nanovllm import LLM, SamplingParams
+from nanovllm.utils.threads import ThreadLimit
 
 INTEGER_OPTIONS = (  # passed on as they are
     "tensor_parallel_size",
@@ -63,3 +66,22 @@ class NanovllmEngine:
 
     def close(self) -> None:
         self.llm.close()
+
+
+class OneRankEngine(NanovllmEngine):
+    """The same on one rank, with the threads that one of several has: what the others are worth."""
+
+    name = "one-rank"
+
+    def __init__(self, model: Path, longest: int, args: argparse.Namespace) -> None:
+        ranks = args.tensor_parallel_size or 1
+        self.threads = ThreadLimit(ranks).num_threads()
+        super().__init__(model, longest, argparse.Namespace(**{**vars(args), "tensor_parallel_size": None}))
+
+    def run(self, requests: Requests) -> tuple[float, dict[str, Any]]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return super().run(requests)
+        finally:
+            torch.set_num_threads(before)

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -13,22 +14,25 @@ from pathlib import Path
 from typing import Any
 
 
-def main(fd: int, rank: int) -> None:
-    """Serve rank 0, which holds the other end of the socket ``fd``, until it says that it is over or is gone."""
+def main(fd: int, memory: int, rank: int) -> None:
+    """Serve rank 0, which holds the other end of the socket ``fd``, until it says that it is over or is gone.
+
+    ``memory`` is a file descriptor of memory that all ranks share.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which then ends us or goes on
     parent = os.getppid()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     connection = Connection(fd)
     try:
-        _serve(connection, rank)
+        _serve(connection, memory, rank, parent)
     except BaseException:
         _say(connection, "error", traceback.format_exc())
         os._exit(1)
     os._exit(0)  # other threads, such as those of a process group whose peers are gone, are not waited for
 
 
-def _serve(connection: Connection, rank: int) -> None:
+def _serve(connection: Connection, memory: int, rank: int, parent: int) -> None:
     config, max_model_len, store, expected_versions = pickle.loads(connection.recv_bytes())
+    threading.Thread(target=_end_with, args=(parent, Path(store).parent), daemon=True).start()
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.engine.plan_codec import PlanDecoder
     from nanovllm.engine.workers import CLOSE, Group, library_versions, on_rank
@@ -41,7 +45,7 @@ def _serve(connection: Connection, rank: int) -> None:
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # rank 0 says what there is to say
     _say(connection, "hello", rank)
     size = config.tensor_parallel_size
-    parallel = ParallelGroup(rank, size, Group(Path(store), rank, config))
+    parallel = ParallelGroup(rank, size, Group(Path(store), memory, rank, config))
 
     def agree(num_blocks: int) -> int:
         _say(connection, "blocks", num_blocks)
@@ -68,8 +72,9 @@ def _say(connection: Connection, kind: str, value: Any) -> None:
         sys.exit(1)
 
 
-def _end_with(parent: int) -> None:
-    """End this process, whatever it does, as soon as the one that started it is gone."""
+def _end_with(parent: int, directory: Path) -> None:
+    """End this process, whatever it does, as soon as the one that started it is gone, and what that has left behind."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    shutil.rmtree(directory, ignore_errors=True)
     os._exit(1)

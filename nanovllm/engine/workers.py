@@ -36,6 +36,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.placement import resolve_device
 from nanovllm.errors import EngineDeadError
 from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.utils.shared_group import SharedMemoryGroup, new_memory, why_not_shared_memory
 from nanovllm.version import __version__
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ CLOSE = b"close"
 # What a worker is started with. The caller's main module plays no part in it, so that it needs no guard.
 _BOOTSTRAP = """
 import json, sys
-sys.path[:], fd, rank = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+sys.path[:], fd, memory, rank = json.loads(sys.argv[1]), *map(int, sys.argv[2:])
 try:
     from nanovllm.engine.worker_process import main
 except BaseException:
@@ -56,7 +57,7 @@ except BaseException:
     from multiprocessing.connection import Connection
     Connection(fd).send_bytes(pickle.dumps(("error", traceback.format_exc())))
     sys.exit(1)
-main(fd, rank)
+main(fd, memory, rank)
 """
 
 
@@ -85,8 +86,9 @@ class Workers:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
         self._thread = _Thread()
+        self._memory = new_memory(self.size)
         self._finalizer = weakref.finalize(
-            self, _clean_up, self.processes, self.connections, self.directory, self._thread
+            self, _clean_up, self.processes, self.connections, self.directory, self._memory, self._thread
         )
         first = pickle.dumps((config, max_model_len, str(self.directory / "store"), library_versions()))
         for rank in range(1, self.size):
@@ -99,9 +101,9 @@ class Workers:
         with theirs:
             fd = theirs.fileno()
             process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(fd), str(rank)],
+                [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(fd), str(self._memory), str(rank)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[fd],
+                pass_fds=[fd, self._memory],
                 start_new_session=True,  # Ctrl-C in the terminal is for rank 0 to hear
             )
         self.processes.append(process)
@@ -116,7 +118,15 @@ class Workers:
             EngineDeadError: One of them is not.
         """
         self.collect("hello")
-        self._group = self.run(lambda: Group(self.directory / "store", 0, self.config))
+        myself = weakref.ref(self)  # or the group would keep us alive
+
+        def check() -> None:
+            workers = myself()
+            if workers is not None:
+                workers.raise_if_failed()
+
+        self._group = self.run(lambda: Group(self.directory / "store", self._memory, 0, self.config, check))
+        shutil.rmtree(self.directory, ignore_errors=True)  # the ranks have met
         return ParallelGroup(0, self.size, self._group)
 
     def collect(self, kind: str) -> list[Any]:
@@ -175,9 +185,14 @@ class Workers:
         raise AssertionError
 
     def check(self) -> None:
-        """Raise EngineDeadError if a rank has ended."""
+        """Raise EngineDeadError if a rank has ended, and end the others."""
         if self.failure is not None:
             self.shut_down()
+            self.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        """Raise EngineDeadError if a rank has ended."""
+        if self.failure is not None:
             raise EngineDeadError(f"{self.failure}; the engine is closed, make a new LLM")
 
     def shut_down(self) -> None:
@@ -252,12 +267,16 @@ class Group:
 
     Args:
         store: A file by which the ranks find each other; all of them wait here until they have.
+        memory: A file descriptor of memory that they share.
         rank: This rank.
         config: The engine's configuration.
+        check: Called now and then while waiting for others; may raise.
     """
 
-    def __init__(self, store: Path, rank: int, config: EngineConfig) -> None:
-        self._group: Any = _make_group(store, rank, config)
+    def __init__(
+        self, store: Path, memory: int, rank: int, config: EngineConfig, check: Callable[[], object] = int
+    ) -> None:
+        self._group: Any = _make_group(store, memory, rank, config, check)
         self.allreduce, self.allgather, self.broadcast = (
             self._group.allreduce,
             self._group.allgather,
@@ -270,12 +289,15 @@ class Group:
             self.__dict__.pop(name, None)
 
 
-def _make_group(store: Path, rank: int, config: EngineConfig) -> Any:
+def _make_group(store: Path, memory: int, rank: int, config: EngineConfig, check: Callable[[], object]) -> Any:
+    size, timeout = config.tensor_parallel_size, config.tensor_parallel_timeout
+    is_cuda = resolve_device(config.device).type == "cuda"
+    if not is_cuda and why_not_shared_memory() is None:
+        return SharedMemoryGroup(memory, rank, size, timeout, check)
     distributed: Any = torch.distributed
-    size = config.tensor_parallel_size
     files = distributed.FileStore(str(store), size)
-    limit = timedelta(seconds=config.tensor_parallel_timeout)
-    if resolve_device(config.device).type == "cuda":
+    limit = timedelta(seconds=timeout)
+    if is_cuda:
         options = distributed.ProcessGroupNCCL.Options()
         options._timeout = limit
         return distributed.ProcessGroupNCCL(files, rank, size, options)
@@ -344,7 +366,11 @@ def _how(process: "subprocess.Popen[bytes]") -> str:
 
 
 def _clean_up(
-    processes: "list[subprocess.Popen[bytes]]", connections: list[Connection], directory: Path, thread: _Thread
+    processes: "list[subprocess.Popen[bytes]]",
+    connections: list[Connection],
+    directory: Path,
+    memory: int,
+    thread: _Thread,
 ) -> None:
     """Tell the workers to end, and see to it that they do."""
     thread.end()
@@ -360,4 +386,5 @@ def _clean_up(
             process.wait()
     for connection in connections:
         connection.close()
+    os.close(memory)
     shutil.rmtree(directory, ignore_errors=True)
