@@ -274,7 +274,6 @@ def _decode_few_rows_kernel(
             arrival = arrivals + (first_item + split) * KV_HEADS + kv_head
             if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == parts - 1:  # the last one: all others are there
                 tl.store(arrival, 0)  # for the next layer
-                heads: tl.constexpr = KV_HEADS * GROUP
                 combined = _combine(
                     partial_out,
                     partial_lse,
@@ -283,7 +282,7 @@ def _decode_few_rows_kernel(
                     first_head + member,
                     real,
                     dim,
-                    heads,
+                    KV_HEADS * GROUP,
                     HEAD_DIM,
                     REDUCE_TILE,
                 )
