@@ -207,9 +207,21 @@ class TestDecodeOfFewRows:
     @few
     @given(data=st.data(), shape=shapes, seed=st.integers(0, 100), apart=st.booleans())
     def test_equals_separate_kernels(self, data: st.DataObject, shape: Shape, seed: int, apart: bool) -> None:
-        if shape.num_heads // shape.num_kv_heads > decode_few_rows.MOST_GROUP:
+        if shape.group > decode_few_rows.MOST_GROUP:
             return
         contexts = data.draw(st.lists(st.one_of(st.just(0), edges(shape.block_size)), min_size=1, max_size=4))
+        self.check(shape, contexts, seed, apart)
+
+    @pytest.mark.parametrize("group", [1, 2, 5, 8])
+    @pytest.mark.parametrize("head_dim", [8, 16, 72, 192, 256])
+    def test_head_sizes(self, group: int, head_dim: int) -> None:
+        self.check(Shape(1, group, head_dim, 32, torch.float32), [70, 0, 3], seed=1)
+
+    def test_more_parts_than_are_combined_at_a_time(self) -> None:
+        self.check(Shape(1, 2, 64, 32, torch.float32), [1500, 64], seed=2)
+
+    @staticmethod
+    def check(shape: Shape, contexts: list[int], seed: int, apart: bool = False) -> None:
         cache, also = Cache(shape, contexts, seed), Cache(shape, contexts, seed)
         rows = torch.randperm(len(contexts), generator=cache.random).tolist()  # row i reads line rows[i]
         own = [contexts[line] for line in rows]
@@ -226,13 +238,13 @@ class TestDecodeOfFewRows:
         qkv = cache.tensor(len(rows), heads + 2 * kv_heads + apart).flatten(1)
         qkv = qkv[:, : (heads + 2 * kv_heads) * shape.head_dim]
         norms = [cache.tensor(1, 1)[0, 0] for _ in range(2)]
-        angles = torch.rand(400, shape.head_dim // 2, generator=cache.random).to(DEVICE) * 6.28
+        longest = max(*contexts, 400)
+        angles = torch.rand(longest, shape.head_dim // 2, generator=cache.random).to(DEVICE) * 6.28
         positions = torch.tensor([max(n - 1, 0) for n in own], device=DEVICE)
         given_ = (*norms, 1e-6, angles.cos(), angles.sin(), positions)
         slots = int32([line if contexts[line] else -1 for line in rows])
-        work = plan_decode(
-            int32(own), slots, None, 400, heads, kv_heads, shape.head_dim, item_tokens=decode_few_rows.TILE
-        )
+        sizes = (longest, heads, kv_heads, shape.head_dim)
+        work = plan_decode(int32(own), slots, None, *sizes, item_tokens=decode_few_rows.TILE)
         slot_mapping = torch.tensor(targets, device=DEVICE)
         results = []
         for kernel, one in (

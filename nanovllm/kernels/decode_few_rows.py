@@ -21,9 +21,7 @@ from nanovllm.kernels.paged_decode import (
     _SLOT,
     _START,
     _TOKEN,
-    REDUCE_TILE,
     DecodeWork,
-    combine,
     multiprocessors,
     paged_decode_reference,
 )
@@ -33,25 +31,117 @@ from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 TILE = 64
 # Registers of a thread that hold them.
 REGISTERS = 64
-# Heads of a group that are computed one after another.
-MOST_GROUP = 8
+# Heads that a program computes together: queries and what they attend to stay in registers as well.
+MOST_HEADS = 4
+# Heads of a group: two programs divide those that are too many for one.
+MOST_GROUP = 2 * MOST_HEADS
 # Programs launched for a multiprocessor at most, as many as run at a time; each takes every so manieth item.
 PROGRAMS_PER_SM = 2
 
+# Scores of what is not there: finite, so that their differences are numbers.
+_LOWEST = tl.constexpr(-1e30)
+
 
 @triton.jit
-def _normalise_and_rotate(
-    line, own_weight, other_weight, eps, cosines, sines, dim, partner, mask, HEAD_DIM: tl.constexpr
-):
-    """A head [dim], float32 but rounded like its dtype wherever the layers round; ``partner``: what turns with dim."""
-    own = tl.load(line + dim, mask=mask, other=0.0)
-    other = tl.load(line + partner, mask=mask, other=0.0).to(tl.float32)
+def _load_item(items, capacity, item, num_items):
+    """What ``DecodeWork.items`` says of an item; nothing of use if it is not one of the first ``num_items``."""
+    inside = item < num_items
+    token = tl.load(items + _TOKEN * capacity + item, mask=inside, other=0).to(tl.int64)
+    slot = tl.load(items + _SLOT * capacity + item, mask=inside, other=0).to(tl.int64)
+    start = tl.load(items + _START * capacity + item, mask=inside, other=0)
+    end = tl.load(items + _END * capacity + item, mask=inside, other=0)
+    first_item = tl.load(items + _FIRST * capacity + item, mask=inside, other=0).to(tl.int64)
+    parts = tl.load(items + _PARTS * capacity + item, mask=inside, other=0)
+    return token, slot, start, end, first_item, parts
+
+
+# Lines are loaded and stored as [lines * wide, dim], which threads share like a tile of keys, [tokens, dim]: what is
+# computed of both is then in the right threads already. Of three dimensions they might share them otherwise.
+@triton.jit
+def _load_lines(first, dim, count, PADDED: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """``count`` lines of ``HEAD_DIM`` from ``first`` on, each once a column, in the order of ``dim``.
+
+    Returns [PADDED, WIDE, padded dim].
+    """
+    DIM: tl.constexpr = dim.shape[0]
+    line = tl.arange(0, PADDED * WIDE) // WIDE
+    mask = (line < count)[:, None] & (tl.arange(0, DIM) < HEAD_DIM)[None, :]
+    lines = tl.load(first + line[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+    return tl.reshape(lines, (PADDED, WIDE, DIM))
+
+
+@triton.jit
+def _store_lines(first, lines, count, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store ``count`` of the lines [padded, 1 or WIDE, padded dim], whose columns are equal, from ``first`` on."""
+    PADDED: tl.constexpr = lines.shape[0]
+    DIM: tl.constexpr = lines.shape[2]
+    row = tl.arange(0, PADDED * WIDE)
+    dim = tl.arange(0, DIM)
+    mask = ((row % WIDE == 0) & (row // WIDE < count))[:, None] & (dim < HEAD_DIM)[None, :]
+    lines = tl.reshape(tl.broadcast_to(lines, (PADDED, WIDE, DIM)), (PADDED * WIDE, DIM))
+    tl.store(first + (row // WIDE)[:, None] * HEAD_DIM + dim[None, :], lines, mask=mask)
+
+
+@triton.jit
+def _normalise_and_rotate(own, other, own_weight, other_weight, eps, cosines, sines, HEAD_DIM: tl.constexpr):
+    """Lines, float32 but rounded like their dtype wherever the layers round; ``other``: what turns with ``own``."""
     dtype = own.dtype
     own = own.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(own * own, axis=0) / HEAD_DIM + eps)
-    own = ((own * scale).to(dtype).to(tl.float32) * own_weight).to(dtype).to(tl.float32)
-    other = ((other * scale).to(dtype).to(tl.float32) * other_weight).to(dtype).to(tl.float32)
+    other = other.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(own * own, axis=2) / HEAD_DIM + eps)[:, :, None]
+    own = ((own * scale).to(dtype).to(tl.float32) * own_weight.to(tl.float32)).to(dtype).to(tl.float32)
+    other = ((other * scale).to(dtype).to(tl.float32) * other_weight.to(tl.float32)).to(dtype).to(tl.float32)
     return (own * cosines + other * sines).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _merge(largest, total, other_largest, other_total):
+    """Two sums of weights, each relative to the largest of its scores."""
+    both = tl.maximum(largest, other_largest)
+    return both, total * tl.exp2(largest - both) + other_total * tl.exp2(other_largest - both)
+
+
+@triton.jit
+def _combine(
+    partial_out,
+    partial_lse,
+    first,
+    parts,
+    head,
+    real,
+    dim,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """What ``real`` heads attend to, float32 [heads, dim], from the results of ``parts`` items from ``first`` on."""
+    GROUP: tl.constexpr = head.shape[0]
+    DIM: tl.constexpr = dim.shape[0]
+    # Every so manieth part is added up by itself, then all of them: one exchange among threads instead of one a tile.
+    largest = tl.full([TILE, GROUP], _LOWEST, dtype=tl.float32)
+    total = tl.zeros([TILE, GROUP], dtype=tl.float32)
+    attended = tl.zeros([TILE, GROUP, DIM], dtype=tl.float32)
+    for first_part in range(0, parts, TILE):
+        part = first_part + tl.arange(0, TILE)
+        inside = (part < parts)[:, None] & real[None, :]
+        place = (first + part)[:, None] * HEADS + head[None, :]  # [parts, heads]
+        # From the second-level cache: other multiprocessors have written them.
+        lse = tl.load(partial_lse + place, mask=inside, other=_LOWEST, cache_modifier=".cg")
+        partial = tl.load(
+            partial_out + place[:, :, None] * HEAD_DIM + dim[None, None, :],
+            mask=inside[:, :, None] & (dim < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_largest = tl.maximum(largest, lse)
+        weight = tl.exp2(lse - new_largest)
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + weight
+        attended = attended * shrink[:, :, None] + partial * weight[:, :, None]
+        largest = new_largest
+    weight = tl.exp2(largest - tl.max(largest, axis=0)[None, :])
+    share = weight / tl.sum(total * weight, axis=0)[None, :]
+    return tl.sum(attended * share[:, :, None], axis=0)
 
 
 @triton.jit(do_not_specialize=["rows", "capacity", "table_stride"])
@@ -84,92 +174,121 @@ def _decode_few_rows_kernel(
     BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PADDED_MEMBERS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,
+    WIDE: tl.constexpr,
     REDUCE_TILE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     let_next_kernel_start(OVERLAPS)
-    dim = tl.arange(0, PADDED_DIM)
-    real_dim = dim < HEAD_DIM
+    # A tile of keys is [deep, wide, dim]: a thread has some dimensions of a column of tokens, and computes the step's
+    # own key and queries in these dimensions for itself. Threads that wait for each other's would take longer.
+    DEEP: tl.constexpr = TILE // WIDE
     half: tl.constexpr = HEAD_DIM // 2
-    partner = tl.where(dim < half, dim + half, dim - half)
-    q_own = tl.load(q_weight + dim, mask=real_dim, other=0.0).to(tl.float32)
-    q_other = tl.load(q_weight + partner, mask=real_dim, other=0.0).to(tl.float32)
-    k_own = tl.load(k_weight + dim, mask=real_dim, other=0.0).to(tl.float32)
-    k_other = tl.load(k_weight + partner, mask=real_dim, other=0.0).to(tl.float32)
+    column = tl.arange(0, WIDE)
+    member = tl.arange(0, PADDED_MEMBERS)
+    dim = tl.arange(0, PADDED_DIM)
+    partner = tl.where(dim < half, dim + half, dim - half)  # what turns with it
+    q_own = _load_lines(q_weight, dim, 1, 1, WIDE, HEAD_DIM)
+    q_other = _load_lines(q_weight, partner, 1, 1, WIDE, HEAD_DIM)
+    k_own = _load_lines(k_weight, dim, 1, 1, WIDE, HEAD_DIM)
+    k_other = _load_lines(k_weight, partner, 1, 1, WIDE, HEAD_DIM)
     dtype: tl.constexpr = out.dtype.element_ty
     # Lengths, tables and the keys of earlier steps are older than the step's first layer: they can be read at once.
     # Programs that find no item end without waiting: the first one always has an item, and waits.
+    index = tl.program_id(0)
     num_items = tl.load(first_items + rows)
-    for index in range(tl.program_id(0), num_items * KV_HEADS, tl.num_programs(0)):
-        item = index // KV_HEADS
-        kv_head = index % KV_HEADS
-        token = tl.load(items + _TOKEN * capacity + item).to(tl.int64)
-        slot = tl.load(items + _SLOT * capacity + item).to(tl.int64)
-        start = tl.load(items + _START * capacity + item)
-        end = tl.load(items + _END * capacity + item)
-        first_item = tl.load(items + _FIRST * capacity + item).to(tl.int64)
-        parts = tl.load(items + _PARTS * capacity + item)
+    # The first item is asked for before it is known to be one: the one load need not wait for the other.
+    token, slot, start, end, first_item, parts = _load_item(items, capacity, index // (KV_HEADS * SPLIT), capacity)
+    while index < num_items * (KV_HEADS * SPLIT):
+        item = index // (KV_HEADS * SPLIT)
+        kv_head = index // SPLIT % KV_HEADS
+        split = index % SPLIT
+        first_head = kv_head * GROUP + split * MEMBERS
+        count = tl.minimum(GROUP - split * MEMBERS, MEMBERS)
         is_last = (item == first_item + parts - 1) & (end > start)  # with the step's own token, which is not cached yet
         position = start + tl.arange(0, TILE)
         cached = position < tl.where(is_last, end - 1, end)
         block = tl.load(block_tables + slot * table_stride + position // BLOCK_SIZE, mask=cached, other=0)
-        place = block.to(tl.int64) * BLOCK_STRIDE + (position % BLOCK_SIZE) * TOKEN_STRIDE + kv_head * HEAD_STRIDE
-        offset = place[:, None] + dim[None, :]
-        mask = cached[:, None] & real_dim[None, :]
+        cached_at = block.to(tl.int64) * BLOCK_STRIDE + (position % BLOCK_SIZE) * TOKEN_STRIDE + kv_head * HEAD_STRIDE
+        offset = cached_at[:, None] + dim[None, :]
+        mask = cached[:, None] & (dim < HEAD_DIM)[None, :]
         key = tl.load(keys + offset, mask=mask, other=0.0)  # [tokens, dim]
         value = tl.load(values + offset, mask=mask, other=0.0)
         target = tl.load(slot_mapping + token)
-        angle = tl.load(positions + token) * half + dim % half
-        cosines = tl.load(cos + angle, mask=real_dim, other=0.0)
-        sines = tl.load(sin + angle, mask=real_dim, other=0.0)
-        sines = tl.where(dim < half, -sines, sines)
+        angle = tl.load(positions + token) * half
+        cosines = _load_lines(cos + angle, dim % half, 1, 1, WIDE, HEAD_DIM)
+        sines = _load_lines(sin + angle, dim % half, 1, 1, WIDE, HEAD_DIM)
+        sines = tl.where((dim < half)[None, None, :], -sines, sines)
+        stores = is_last & (target >= 0) & (split == 0)
+        new_place = (target // BLOCK_SIZE) * BLOCK_STRIDE + (target % BLOCK_SIZE) * TOKEN_STRIDE + kv_head * HEAD_STRIDE
         wait_for_previous_kernel(OVERLAPS)
 
-        line = qkv + token * qkv_stride
-        key_line = line + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
-        new_key = _normalise_and_rotate(key_line, k_own, k_other, eps, cosines, sines, dim, partner, real_dim, HEAD_DIM)
-        new_value = tl.load(key_line + KV_HEADS * HEAD_DIM + dim, mask=real_dim, other=0.0)
-        if is_last & (target >= 0):
-            new_place = (target // BLOCK_SIZE) * BLOCK_STRIDE + (target % BLOCK_SIZE) * TOKEN_STRIDE
-            new_place += kv_head * HEAD_STRIDE
-            tl.store(keys + new_place + dim, new_key.to(dtype), mask=real_dim)
-            tl.store(values + new_place + dim, new_value, mask=real_dim)
-        target_line = out + token * (KV_HEADS * GROUP * HEAD_DIM)
-        wide = item.to(tl.int64) * (KV_HEADS * GROUP)
-        for member in tl.static_range(GROUP):
-            head = kv_head * GROUP + member
-            query = _normalise_and_rotate(
-                line + head * HEAD_DIM, q_own, q_other, eps, cosines, sines, dim, partner, real_dim, HEAD_DIM
-            )
-            scores = tl.sum(key.to(tl.float32) * query[None, :], axis=1) * scale_log2
-            scores = tl.where(cached, scores, float("-inf"))
-            new_score = tl.where(is_last, tl.sum(new_key * query, axis=0) * scale_log2, float("-inf"))
-            largest = tl.maximum(tl.max(scores, axis=0), new_score)
-            largest = tl.where(end > start, largest, 0.0)  # a row without a context gets zeros
-            weights = tl.exp2(scores - largest)
-            new_weight = tl.exp2(new_score - largest)
-            total = tl.sum(weights, axis=0) + new_weight
-            attended = tl.sum(value.to(tl.float32) * weights[:, None], axis=0) + new_value.to(tl.float32) * new_weight
-            attended = attended / tl.where(end > start, total, 1.0)
-            if parts == 1:
-                tl.store(target_line + head * HEAD_DIM + dim, attended.to(dtype), mask=real_dim)
-            else:
-                tl.store(partial_out + (wide + head) * HEAD_DIM + dim, attended, mask=real_dim)
-                tl.store(partial_lse + wide + head, largest + tl.log2(total))
-        if parts > 1:
+        query_lines = qkv + token * qkv_stride + first_head * HEAD_DIM
+        key_line = qkv + token * qkv_stride + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
+        query = _load_lines(query_lines, dim, count, PADDED_MEMBERS, WIDE, HEAD_DIM)
+        query_other = _load_lines(query_lines, partner, count, PADDED_MEMBERS, WIDE, HEAD_DIM)
+        new_key = _load_lines(key_line, dim, 1, 1, WIDE, HEAD_DIM)
+        new_key_other = _load_lines(key_line, partner, 1, 1, WIDE, HEAD_DIM)
+        new_value = _load_lines(key_line + KV_HEADS * HEAD_DIM, dim, 1, 1, WIDE, HEAD_DIM)
+        # The value is stored here because loads have to come before a store in the machine's code as well. Else the
+        # compiler puts some of them off until others have come, to save registers, and a program waits twice.
+        if stores:
+            _store_lines(values + new_place, new_value, 1, WIDE, HEAD_DIM)
+        new_key = _normalise_and_rotate(new_key, new_key_other, k_own, k_other, eps, cosines, sines, HEAD_DIM)
+        query = _normalise_and_rotate(query, query_other, q_own, q_other, eps, cosines, sines, HEAD_DIM)
+
+        # Each column by itself, then all of them. The first one has the step's own token besides.
+        has_new = (column < tl.where(is_last, 1, 0))[None, :]
+        key = tl.reshape(key.to(tl.float32), (DEEP, 1, WIDE, PADDED_DIM))
+        value = tl.reshape(value.to(tl.float32), (DEEP, 1, WIDE, PADDED_DIM))
+        scores = tl.sum(key * tl.reshape(query, (1, PADDED_MEMBERS, WIDE, PADDED_DIM)), axis=3) * scale_log2
+        scores = tl.where(tl.reshape(cached, (DEEP, 1, WIDE)), scores, _LOWEST)  # [deep, members, wide]
+        new_score = tl.where(has_new, tl.sum(new_key * query, axis=2) * scale_log2, _LOWEST)
+        column_largest = tl.maximum(tl.max(scores, axis=0), new_score)  # [members, wide]
+        weights = tl.exp2(scores - column_largest[None, :, :])
+        new_weight = tl.where(has_new, tl.exp2(new_score - column_largest), 0.0)
+        attended = tl.sum(value * weights[:, :, :, None], axis=0)
+        attended += new_value.to(tl.float32) * new_weight[:, :, None]  # [members, wide, dim]
+        column_total = tl.sum(weights, axis=0) + new_weight
+        largest, total = tl.reduce((column_largest, column_total), 1, _merge)
+        share = tl.exp2(column_largest - largest[:, None]) / total[:, None]
+        attended = tl.sum(attended * share[:, :, None], axis=1)[:, None, :]  # zeros of a row without a context
+
+        if stores:
+            _store_lines(keys + new_place, new_key.to(dtype), 1, WIDE, HEAD_DIM)
+        target_lines = out + (token * (KV_HEADS * GROUP) + first_head) * HEAD_DIM
+        if parts == 1:
+            _store_lines(target_lines, attended.to(dtype), count, WIDE, HEAD_DIM)
+        else:
+            real = member < count
+            place = item.to(tl.int64) * (KV_HEADS * GROUP) + first_head
+            _store_lines(partial_out + place * HEAD_DIM, attended, count, WIDE, HEAD_DIM)
+            tl.store(partial_lse + place + member, largest + tl.log2(total), mask=real)
             tl.debug_barrier()  # the whole program has stored, before any of it says so
-            arrival = arrivals + first_item * KV_HEADS + kv_head
+            # The row has a second item, whose place the second program of a group counts in.
+            arrival = arrivals + (first_item + split) * KV_HEADS + kv_head
             if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == parts - 1:  # the last one: all others are there
                 tl.store(arrival, 0)  # for the next layer
-                for member in tl.static_range(GROUP):
-                    head = kv_head * GROUP + member
-                    attended = combine(
-                        partial_out, partial_lse, first_item, parts, head, KV_HEADS * GROUP, HEAD_DIM, dim, REDUCE_TILE
-                    )
-                    tl.store(target_line + head * HEAD_DIM + dim, attended.to(dtype), mask=real_dim)
+                combined = _combine(
+                    partial_out,
+                    partial_lse,
+                    first_item,
+                    parts,
+                    first_head + member,
+                    real,
+                    dim,
+                    KV_HEADS * GROUP,
+                    HEAD_DIM,
+                    REDUCE_TILE,
+                )
+                _store_lines(target_lines, combined[:, None, :].to(dtype), count, WIDE, HEAD_DIM)
+        index += tl.num_programs(0)
+        token, slot, start, end, first_item, parts = _load_item(items, capacity, index // (KV_HEADS * SPLIT), num_items)
 
 
 def decode_few_rows(
@@ -218,8 +337,8 @@ def decode_few_rows(
     rows, head_dim, block_size = qkv.shape[0], q_weight.shape[0], keys.shape[2]
     out = torch.empty((rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     capacity = work.items.shape[1]
-    programs = min(capacity * num_kv_heads, multiprocessors(qkv.device) * PROGRAMS_PER_SM)
-    padded_dim = triton.next_power_of_2(head_dim)
+    sizes, num_warps = _launch_sizes(num_heads // num_kv_heads, head_dim, qkv.element_size())
+    programs = min(capacity * num_kv_heads * sizes["SPLIT"], multiprocessors(qkv.device) * PROGRAMS_PER_SM)
     _decode_few_rows_kernel[(programs,)](
         qkv,
         qkv.stride(0),
@@ -250,11 +369,9 @@ def decode_few_rows(
         KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
-        PADDED_DIM=padded_dim,
-        TILE=TILE,
-        REDUCE_TILE=REDUCE_TILE,
+        **sizes,
         **launch_options(qkv.device),
-        num_warps=_num_warps(padded_dim, qkv.element_size()),
+        num_warps=num_warps,
     )
     return out
 
@@ -284,14 +401,34 @@ def decode_few_rows_reference(
     return out
 
 
-def _num_warps(padded_dim: int, itemsize: int) -> int:
-    return min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 4), 16)
+def _launch_sizes(group: int, head_dim: int, itemsize: int) -> tuple[dict[str, int], int]:
+    """Tile sizes and warps: registers hold a tile of keys and one of values, and later one of partial results."""
+    split = triton.cdiv(group, MOST_HEADS)
+    members = triton.cdiv(group, split)
+    padded_members, padded_dim = triton.next_power_of_2(members), triton.next_power_of_2(head_dim)
+    num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 4), 16)
+    sizes = {
+        "SPLIT": split,
+        "MEMBERS": members,
+        "PADDED_MEMBERS": padded_members,
+        "PADDED_DIM": padded_dim,
+        "TILE": TILE,
+        "WIDE": min(num_warps * 32 * 16 // (padded_dim * itemsize), TILE),  # tokens of 16 bytes a thread
+        "REDUCE_TILE": min(max(num_warps * 32 * REGISTERS // (padded_members * padded_dim), 4), 16),
+    }
+    return sizes, num_warps
 
 
 def compile_cases() -> list[dict[str, Any]]:
     """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
     cases = []
-    for dtype, kv_heads, group, head_dim in (("bf16", 8, 2, 128), ("bf16", 8, 8, 80), ("fp32", 8, 2, 128)):
+    for dtype, kv_heads, group, head_dim in (
+        ("bf16", 8, 2, 128),
+        ("bf16", 8, 4, 128),
+        ("bf16", 8, 8, 80),
+        ("fp32", 8, 2, 128),
+    ):
+        sizes, num_warps = _launch_sizes(group, head_dim, 4 if dtype == "fp32" else 2)
         constexprs = {
             "BLOCK_STRIDE": kv_heads * 32 * head_dim,
             "HEAD_STRIDE": 32 * head_dim,
@@ -300,9 +437,7 @@ def compile_cases() -> list[dict[str, Any]]:
             "KV_HEADS": kv_heads,
             "GROUP": group,
             "HEAD_DIM": head_dim,
-            "PADDED_DIM": triton.next_power_of_2(head_dim),
-            "TILE": TILE,
-            "REDUCE_TILE": REDUCE_TILE,
+            **sizes,
             "OVERLAPS": False,
         }
         cases.append(
@@ -318,7 +453,7 @@ def compile_cases() -> list[dict[str, Any]]:
                     **dict.fromkeys(constexprs, "constexpr"),
                 },
                 "constexprs": constexprs,
-                "num_warps": _num_warps(constexprs["PADDED_DIM"], 4 if dtype == "fp32" else 2),
+                "num_warps": num_warps,
                 "num_stages": 1,
                 "label": f"{dtype} {kv_heads}x{group}x{head_dim}",
             }

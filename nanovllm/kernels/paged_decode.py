@@ -280,7 +280,7 @@ class DecodeWork:
         partial_out: [capacity, num_heads, head_dim], float32.
         partial_lse: [capacity, num_heads], float32: binary logarithm of the sum of the unscaled weights.
         arrivals: [capacity, num_kv_heads], int32: at a row's first item, how many of its items are done; zeros between
-            the layers.
+            the layers. Where two programs divide an item's heads, the second ones count at the row's second item.
     """
 
     rows: int
