@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numba
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import cfunc, types
 from numba.extending import intrinsic
 
-from nanovllm.kernels.cpu.vectors import TARGET, Address, as_int64, fetch_add, of_bits
+from nanovllm.kernels.cpu.vectors import TARGET, Address, add_atomically
 from nanovllm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -53,28 +53,46 @@ def integers(typing_context, arguments, count):  # type: ignore[no-untyped-def]
     return types.UniTuple(types.int64, number)(Address, count), generate
 
 
-@njit(inline="always")
-def as_float(bits: Any) -> Any:
+@intrinsic
+def as_float(typing_context, bits):  # type: ignore[no-untyped-def]
     """The float32 that :func:`as_integer` made an argument of."""
-    return of_bits(types.int32(bits))
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.trunc(values[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), generate
 
 
-@njit(inline="always")
-def next_task(arguments: Any) -> Any:
+@intrinsic
+def next_task(typing_context, arguments):  # type: ignore[no-untyped-def]
     """A task nobody has begun; at least :func:`num_tasks` if there is none."""
-    return fetch_add(arguments, 1)
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return add_atomically(builder, values[0], ir.Constant(ir.IntType(64), 1))
+
+    return types.int64(Address), generate
 
 
-@njit(inline="always")
-def num_tasks(arguments: Any) -> Any:
+@intrinsic
+def num_tasks(typing_context, arguments):  # type: ignore[no-untyped-def]
     """Tasks of the launch."""
-    return as_int64(arguments)[1]
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        start = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.load(builder.gep(start, [ir.Constant(ir.IntType(64), 1)]))
+
+    return types.int64(Address), generate
 
 
-@njit(inline="always")
-def thread_number(arguments: Any) -> Any:
+@intrinsic
+def thread_number(typing_context, arguments):  # type: ignore[no-untyped-def]
     """A number of the calling thread's own, from 0. To be asked for once a call."""
-    return fetch_add(arguments + _THREAD_COUNTER, 1)
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        counter = builder.add(values[0], ir.Constant(ir.IntType(64), _THREAD_COUNTER))
+        return add_atomically(builder, counter, ir.Constant(ir.IntType(64), 1))
+
+    return types.int64(Address), generate
 
 
 class Stream(NamedTuple):
