@@ -22,7 +22,7 @@ from tests.threads import one_thread  # noqa: F401
 if (reason := kernels.why_no_cpu_kernels()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from nanovllm.kernels.cpu import launch, silu_and_mul, vectors
+from nanovllm.kernels.cpu import compilation, launch, silu_and_mul, vectors
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = AttentionSpec(2, 8, 2, 64, torch.bfloat16, torch.device("cpu"), 16)
@@ -34,7 +34,7 @@ def nothing_remembered() -> Iterator[None]:
     """What is found out about the machine is found out again, before and after."""
 
     def forget() -> None:
-        for remembered in (kernels.why_no_cpu_kernels, product.has_fast_bfloat16, launch.cache_directory):
+        for remembered in (kernels.why_no_cpu_kernels, product.has_fast_bfloat16, compilation.cache_directory):
             remembered.cache_clear()
 
     forget()
@@ -159,8 +159,8 @@ def test_the_cache_is_where_the_variable_says_and_is_used(tmp_path: Path, monkey
     assert sorted(Path(name).suffix for name in written) == [".nbc", ".nbi"]
     compiled_silu()
     assert files(place) == written
-    monkeypatch.setattr(launch, "TARGET", ("some", "other", "+processor"))
-    launch.cache_directory.cache_clear()
+    monkeypatch.setattr(compilation, "TARGET", ("some", "other", "+processor"))
+    compilation.cache_directory.cache_clear()
     compiled_silu()
     assert len(list(place.iterdir())) == 2, "a kind of processor has a directory of its own"
 
@@ -168,11 +168,11 @@ def test_the_cache_is_where_the_variable_says_and_is_used(tmp_path: Path, monkey
 def test_the_cache_is_the_users_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert launch._user_cache() == os.path.join("~/.cache", "nanovllm")
+    assert compilation._user_cache() == os.path.join("~/.cache", "nanovllm")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert launch._user_cache() == os.path.join("/somewhere", "nanovllm")
+    assert compilation._user_cache() == os.path.join("/somewhere", "nanovllm")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert launch._user_cache() == "~/Library/Caches/nanovllm"
+    assert compilation._user_cache() == "~/Library/Caches/nanovllm"
 
 
 @pytest.mark.parametrize("place", ["file/within", "~nobody-of-this-name/cache"])
@@ -185,7 +185,7 @@ def test_where_nothing_can_be_kept_kernels_are_compiled_each_time(
     monkeypatch.setenv("NANOVLLM_CACHE", place)
     with caplog.at_level(logging.INFO, logger="nanovllm"):
         compiled_silu()
-    assert launch.cache_directory() is None
+    assert compilation.cache_directory() is None
     assert any("compiled kernels are not kept" in record.getMessage() for record in caplog.records)
     assert files(tmp_path).keys() == {"file"}
 

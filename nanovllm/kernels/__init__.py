@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.utils.garbage import collection_paused
+
 logger = logging.getLogger(__name__)
 
 # What is not to be used, to see what it is worth, or whether it is to blame. (Attention: ``attention_backend``.)
@@ -91,8 +93,9 @@ def why_no_cpu_kernels() -> str | None:
     if find_spec("numba") is None:
         return "the package numba is not installed"
     try:
-        import_module("nanovllm.kernels.cpu.rms_norm")
-        import_module("nanovllm.kernels.cpu.linear").product_kernel(False)  # the most demanding of the compiler
+        with collection_paused():  # numba has very many objects
+            import_module("nanovllm.kernels.cpu.rms_norm")
+            import_module("nanovllm.kernels.cpu.linear").product_kernel(False)  # the most demanding of the compiler
     except Exception as error:  # a numba that is too old or does not go with numpy, a processor it does not know, ...
         return f"numba cannot compile a kernel here: {type(error).__name__}: {error}"
     return None

@@ -1,4 +1,4 @@
-"""Compiles kernels for this machine once, and runs them on torch's own threads.
+"""Kernels, and how they run on torch's own threads.
 
 A kernel is a function of one address, where its arguments lie as int64: first the counter of tasks begun, the number of
 tasks and the counter of threads, then its own (:func:`integers`). Every thread calls it; it takes tasks
@@ -6,12 +6,8 @@ from the counter until none is left, so a thread that is held up delays nobody.
 """
 
 import ctypes
-import hashlib
-import logging
 import os
-import platform
 import struct
-import sys
 import threading
 from array import array
 from collections.abc import Callable
@@ -20,22 +16,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import torch
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
-from nanovllm.kernels.cpu.vectors import TARGET, Address, add_atomically
-from nanovllm.version import __version__
+from nanovllm.kernels.cpu.compilation import compile_kernel
+from nanovllm.kernels.cpu.vectors import Address, add_atomically
 
-logger = logging.getLogger(__name__)
-
-# Where compiled kernels are kept; the user's cache directory by default.
-CACHE_VARIABLE = "NANOVLLM_CACHE"
 HEADER = 3
 _THREAD_COUNTER = 16  # bytes into the arguments
-_numba_settings = threading.Lock()
 
 
 @intrinsic
@@ -120,7 +110,7 @@ class Kernel:
     ) -> None:
         self.name = function.__name__
         self.stream = stream
-        self.address = _compile(function, {*_FAST_MATH, "reassoc"} if reorders else _FAST_MATH)
+        self.address = compile_kernel(function, reorders)
 
     def __call__(self, tasks: int, *arguments: int) -> None:
         """Run, or note in a recording.
@@ -169,65 +159,6 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def as_integer(value: float) -> int:
     """A float32 as an argument of a kernel."""
     return struct.unpack("<i", struct.pack("<f", value))[0]
-
-
-def _compile(function: Callable[[Any], None], fast_math: set[str]) -> int:
-    """Machine code of a kernel, from the cache if it is there; returns its address."""
-    signature = types.void(Address)
-    directory = cache_directory()
-    if directory is not None:
-        # numba looks at its setting when a function is declared. It keeps what it compiled by the time stamp of the
-        # function's own file, which knows nothing of the functions that are built into it: hence the fingerprint.
-        with _numba_settings:
-            before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, directory
-            try:
-                compiled = cfunc(signature, cache=True, fastmath=fast_math, error_model="numpy")(function)
-            except Exception as error:  # a full disk, a directory that vanished, a file that is none, ...
-                logger.info("%s is compiled without the cache: %s", function.__name__, error)
-            else:
-                _keep_alive.append(compiled)
-                return compiled.address
-            finally:
-                numba.config.CACHE_DIR = before
-    compiled = cfunc(signature, fastmath=fast_math, error_model="numpy")(function)
-    _keep_alive.append(compiled)
-    return compiled.address
-
-
-_keep_alive: list[Any] = []
-# Products may be fused with sums. (Not "arcp": the processor's reciprocals, refined, make NaN of 1 / infinity.)
-_FAST_MATH = {"contract", "nsz"}
-
-
-@cache
-def cache_directory() -> str | None:
-    """Where compiled kernels are kept, for these sources, versions and this kind of processor; None if nowhere."""
-    root = os.environ.get(CACHE_VARIABLE) or _user_cache()
-    try:
-        directory = Path(root).expanduser() / f"kernels-{_fingerprint()}"
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".{os.getpid()}-{threading.get_ident()}"
-        probe.touch()
-        probe.unlink()
-    except (OSError, RuntimeError) as error:  # it cannot be written to; there is no home directory
-        logger.info("compiled kernels are not kept: %s", error)
-        return None
-    return str(directory)
-
-
-def _user_cache() -> str:
-    if os.name == "nt":
-        return os.path.join(os.environ.get("LOCALAPPDATA", "~"), "nanovllm")
-    if sys.platform == "darwin":
-        return "~/Library/Caches/nanovllm"
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanovllm")
-
-
-def _fingerprint() -> str:
-    digest = hashlib.sha256(f"{__version__} {numba.__version__} {platform.python_version()} {TARGET}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 _KERNEL_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64)
