@@ -86,6 +86,7 @@ class ModelRunner:
                 self.capture_graphs(CudaCapture())
             if isinstance(self.attention, CpuAttention) and not config.enforce_eager and kernels.is_enabled("graphs"):
                 self.recorded = RecordedSteps(self.model, self.attention, self.num_slots)
+            kernels.finish_compiling(self.device)
         # Steps in flight before the results of the first are taken in. The CPU would gain nothing: it is the device.
         self.overlap_depth = 1 if runs_behind and kernels.is_enabled("overlap") else 0
 
@@ -116,6 +117,7 @@ class ModelRunner:
         # A resident holds at least one block, so more slots than blocks would never be filled.
         self.num_slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
         self._check_tables()
+        self.sampler = Sampler(model_config.vocab_size, self.device)  # before the weights: its kernels, too, take time
         started = time.perf_counter()
         try:
             self.model = model_class(model_config, self.max_model_len, parallel, self.dtype, self.device)
@@ -130,7 +132,6 @@ class ModelRunner:
             ) from error
         self.model.eval()
         pack_weights(self.model, config.quantization)
-        self.sampler = Sampler(model_config.vocab_size, self.device)
         logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
 
     def _allocate(self) -> None:

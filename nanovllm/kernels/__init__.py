@@ -96,9 +96,16 @@ def why_no_cpu_kernels() -> str | None:
         with collection_paused():  # numba has very many objects
             import_module("nanovllm.kernels.cpu.rms_norm")
             import_module("nanovllm.kernels.cpu.linear").product_kernel(False)  # the most demanding of the compiler
+            import_module("nanovllm.kernels.cpu.compilation").finish_compiling()
     except Exception as error:  # a numba that is too old or does not go with numpy, a processor it does not know, ...
         return f"numba cannot compile a kernel here: {type(error).__name__}: {error}"
     return None
+
+
+def finish_compiling(device: torch.device) -> None:
+    """Wait for the kernels that were loaded for ``device``: those of the CPU are compiled in the background."""
+    if device.type == "cpu" and why_no_cpu_kernels() is None:
+        import_module("nanovllm.kernels.cpu.compilation").finish_compiling()
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any] | None:

@@ -9,7 +9,9 @@ import shutil
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,59 @@ UNUSED_SECONDS = 30 * 24 * 3600
 _FAST_MATH = {"contract", "nsz"}
 _compiling = threading.Lock()
 _keep_alive: list[Any] = []
+
+
+def compile_soon(function: Callable[[Any], None], reorders: bool) -> "Future[int]":
+    """Begin what :func:`compile_kernel` does, in a thread of its own, while the caller has files to read."""
+    return _background.submit(lambda: compile_kernel(function, reorders))
+
+
+def finish_compiling() -> None:
+    """Wait until everything is compiled that was begun; raises what went wrong with it."""
+    _background.finish()
+
+
+class _Background:
+    """Makes calls one after another, in a thread that ends when there are no more (a forked process has no threads)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_running = False
+        self._waiting: deque[tuple[Future[int], Callable[[], int]]] = deque()
+        self._begun: list[Future[int]] = []  # whose end nobody has waited for
+
+    def submit(self, call: Callable[[], int]) -> "Future[int]":
+        """Make a call after those before it."""
+        future: Future[int] = Future()
+        with self._lock:
+            self._waiting.append((future, call))
+            self._begun.append(future)
+            if not self._is_running:
+                threading.Thread(target=self._run, name="nanovllm-compiler").start()
+                self._is_running = True
+        return future
+
+    def finish(self) -> None:
+        """Wait for all calls so far; raises what the first raised that failed."""
+        with self._lock:
+            begun, self._begun = self._begun, []
+        for future in begun:
+            future.result()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._is_running = False
+                    return
+                future, call = self._waiting.popleft()
+            try:
+                future.set_result(call())
+            except BaseException as error:  # for whoever waits for it
+                future.set_exception(error)
+
+
+_background = _Background()
 
 
 def compile_kernel(function: Callable[[Any], None], reorders: bool) -> int:

@@ -12,7 +12,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from nanovllm.kernels.cpu.compilation import compile_kernel
+from nanovllm.kernels.cpu.compilation import compile_soon
 from nanovllm.kernels.cpu.vectors import Address, add_atomically
 
 HEADER = 3
@@ -94,7 +94,9 @@ class Stream(NamedTuple):
 
 
 class Kernel:
-    """A compiled kernel; calling it runs ``tasks`` tasks on torch's threads and returns when all are done.
+    """A kernel; calling it runs ``tasks`` tasks on torch's threads and returns when all are done.
+
+    It is compiled from now on, in the background: see :func:`nanovllm.kernels.cpu.compilation.finish_compiling`.
 
     Args:
         function: Of one int64, the address of the arguments.
@@ -110,7 +112,12 @@ class Kernel:
     ) -> None:
         self.name = function.__name__
         self.stream = stream
-        self.address = compile_kernel(function, reorders)
+        self._compiled = compile_soon(function, reorders)
+
+    @cached_property
+    def address(self) -> int:
+        """Of the machine code; waits until it is there."""
+        return self._compiled.result()
 
     def __call__(self, tasks: int, *arguments: int) -> None:
         """Run, or note in a recording.
