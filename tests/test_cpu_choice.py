@@ -5,7 +5,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tests.threads import one_thread  # noqa: F401
 if (reason := kernels.why_no_cpu_kernels()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from nanovllm.kernels.cpu import launch, silu_and_mul, vectors
+from nanovllm.kernels.cpu import compilation, launch, silu_and_mul, vectors
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = AttentionSpec(2, 8, 2, 64, torch.bfloat16, torch.device("cpu"), 16)
@@ -34,7 +36,7 @@ def nothing_remembered() -> Iterator[None]:
     """What is found out about the machine is found out again, before and after."""
 
     def forget() -> None:
-        for remembered in (kernels.why_no_cpu_kernels, product.has_fast_bfloat16, launch.cache_directory):
+        for remembered in (kernels.why_no_cpu_kernels, product.has_fast_bfloat16, compilation.cache_directory):
             remembered.cache_clear()
 
     forget()
@@ -159,8 +161,8 @@ def test_the_cache_is_where_the_variable_says_and_is_used(tmp_path: Path, monkey
     assert sorted(Path(name).suffix for name in written) == [".nbc", ".nbi"]
     compiled_silu()
     assert files(place) == written
-    monkeypatch.setattr(launch, "TARGET", ("some", "other", "+processor"))
-    launch.cache_directory.cache_clear()
+    monkeypatch.setattr(compilation, "TARGET", ("some", "other", "+processor"))
+    compilation.cache_directory.cache_clear()
     compiled_silu()
     assert len(list(place.iterdir())) == 2, "a kind of processor has a directory of its own"
 
@@ -168,11 +170,11 @@ def test_the_cache_is_where_the_variable_says_and_is_used(tmp_path: Path, monkey
 def test_the_cache_is_the_users_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert launch._user_cache() == os.path.join("~/.cache", "nanovllm")
+    assert compilation._user_cache() == os.path.join("~/.cache", "nanovllm")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert launch._user_cache() == os.path.join("/somewhere", "nanovllm")
+    assert compilation._user_cache() == os.path.join("/somewhere", "nanovllm")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert launch._user_cache() == "~/Library/Caches/nanovllm"
+    assert compilation._user_cache() == "~/Library/Caches/nanovllm"
 
 
 @pytest.mark.parametrize("place", ["file/within", "~nobody-of-this-name/cache"])
@@ -185,22 +187,151 @@ def test_where_nothing_can_be_kept_kernels_are_compiled_each_time(
     monkeypatch.setenv("NANOVLLM_CACHE", place)
     with caplog.at_level(logging.INFO, logger="nanovllm"):
         compiled_silu()
-    assert launch.cache_directory() is None
+    assert compilation.cache_directory() is None
     assert any("compiled kernels are not kept" in record.getMessage() for record in caplog.records)
     assert files(tmp_path).keys() == {"file"}
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "nonsense", "half"])
-def test_files_of_the_cache_that_are_none_do_no_harm(
-    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_files_of_the_cache_that_are_none_are_replaced(
+    suffix: str, content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
     compiled_silu()
-    for path in tmp_path.rglob("*.nb?"):
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-        compiled_silu()
-        path.write_bytes(whole)
+    [path] = tmp_path.rglob(f"*{suffix}")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    compiled_silu()
+    assert len(path.read_bytes()) == len(whole)
+    written = files(tmp_path)
+    assert len(written) == 2
+    compiled_silu()
+    assert files(tmp_path) == written, "it is read, not made again"
+
+
+def test_a_directory_that_nobody_can_write_to_any_more_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another process removes it, because it is old, between the look at it and its use."""
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+    directory = Path(compilation.cache_directory() or "")
+    directory.rmdir()
+    directory.write_text("a file where the directory was")
+    compiled_silu()
+    assert directory.read_text() == "a file where the directory was"
+
+
+def aged(path: Path, days: float) -> Path:
+    """A directory with a file in it, last used so many days ago."""
+    path.mkdir()
+    (path / "linear.nbc").write_bytes(b"code")
+    then = time.time() - days * 24 * 3600
+    os.utime(path, (then, then))
+    return path
+
+
+def test_kernels_that_nobody_has_used_for_a_month_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+    own = Path(compilation.cache_directory() or "")
+    then = time.time() - 90 * 24 * 3600
+    os.utime(own, (then, then))
+    aged(tmp_path / "kernels-0123456789abcdef", days=31)
+    aged(tmp_path / "removed-kernels-fedcba9876543210-77", days=31)  # of a process that was killed
+    kept = [
+        aged(tmp_path / "kernels-1123456789abcdef", days=29),
+        aged(tmp_path / "kernels-of-mine", days=400),
+        aged(tmp_path / "random-weights", days=400),
+    ]
+    compilation.cache_directory.cache_clear()
+    assert compilation.cache_directory() == str(own)
+    assert sorted(tmp_path.iterdir()) == sorted([own, *kept])
+    assert all((path / "linear.nbc").exists() for path in kept)
+    assert own.stat().st_mtime > time.time() - 3600, "its use was noted"
+
+
+def test_what_cannot_be_removed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process was faster, or uses it on Windows."""
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+    old = aged(tmp_path / "kernels-0123456789abcdef", days=31)
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    compiled_silu()
+    assert (old / "linear.nbc").exists()
+
+
+# Compiling in the background
+
+
+def test_calls_are_made_in_order_by_a_thread_that_ends() -> None:
+    background, order, go_on = compilation._Background(), list[int](), threading.Event()
+
+    def call(number: int) -> int:
+        assert go_on.wait(10)
+        order.append(number)
+        return 10 * number
+
+    futures = [background.submit(lambda number=number: call(number)) for number in range(3)]  # type: ignore[misc]
+    assert not any(future.done() for future in futures), "who submits does not wait"
+    assert [thread.name for thread in threading.enumerate()].count("nanovllm-compiler") == 1
+    go_on.set()
+    background.finish()
+    assert (order, [future.result() for future in futures]) == ([0, 1, 2], [0, 10, 20])
+    wait_until(lambda: not background._is_running)
+    assert background.submit(lambda: 7).result(10) == 7, "a new thread is begun"
+
+
+def test_what_fails_is_told_to_who_waits_and_the_rest_is_done() -> None:
+    background = compilation._Background()
+
+    def fail() -> int:
+        raise ValueError("no such instruction")
+
+    failed, done = background.submit(fail), background.submit(lambda: 1)
+    with pytest.raises(ValueError, match="no such instruction"):
+        background.finish()
+    with pytest.raises(ValueError, match="no such instruction"):
+        failed.result(10)
+    assert done.result(10) == 1
+    background.finish()  # it has been said once
+
+
+def test_a_kernel_that_cannot_be_compiled_says_so_when_it_is_waited_for() -> None:
+    def unknown(arguments: Any) -> None:
+        nothing_of_that_name(arguments)  # type: ignore[name-defined]  # noqa: F821
+
+    kernel = launch.Kernel(unknown)
+    with pytest.raises(Exception, match="nothing_of_that_name"):
+        compilation.finish_compiling()
+    with pytest.raises(Exception, match="nothing_of_that_name"):
+        kernel(1)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_an_engine_is_ready_when_all_is_compiled(quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "has_fast_tiles", lambda: True)
+    begun: list[str] = []
+    submit = launch.compile_soon
+
+    def noted(function: Any, reorders: bool) -> Any:
+        begun.append(function.__name__)
+        return submit(function, reorders)
+
+    with make_llm(dtype="bfloat16", quantization=quantization) as llm:
+        wait_until(lambda: not compilation._background._is_running)
+        monkeypatch.setattr(launch, "compile_soon", noted)
+        generate(llm)
+    assert begun == []
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 # Other processors, other processes
@@ -264,7 +395,7 @@ def test_without_products_of_bfloat16_they_are_made_of_others(kind: str, tmp_pat
 @pytest.mark.slow
 def test_processes_that_compile_into_the_same_empty_cache_at_once_both_work(tmp_path: Path) -> None:
     """One begins with the kernel that the other ends with, of the same name; a third finds both."""
-    code = "from nanovllm.kernels.cpu import linear\n[linear.product_kernel(is_int8) for is_int8 in {}]\nimport torch\n"
+    code = "import torch\nfrom nanovllm.kernels.cpu import linear\n[linear.product_kernel(one).address for one in {}]\n"
     processes = [start(code.format(order) + CHECK_LINEAR, tmp_path) for order in ((False, True), (True, False))]
     for process in processes:
         output_of(process)

@@ -155,6 +155,22 @@ def test_rough_powers_of_two_are_good_enough_for_bfloat16() -> None:
     np.testing.assert_array_equal(powers, [0, 0, 0, math.nan])
 
 
+def test_scratch_memory_is_not_cleared() -> None:
+    """LLVM takes the clearing of much of it apart, which made half of the time in which kernels are compiled."""
+
+    @njit
+    def of_scratch():  # type: ignore[no-untyped-def]
+        memory = vectors.scratch(8064)
+        vectors.fetch_add(memory, 1)
+        return vectors.fetch_add(memory + 64, 1)
+
+    of_scratch.compile(())
+    code = of_scratch.inspect_llvm(())
+    assert "alloca [8064 x float]" in code
+    assert "memset" not in code
+    assert "zeroinitializer" not in code
+
+
 def test_quick_rounding_differs_for_denormals_only() -> None:
     @njit
     def narrow_all(source, target):  # type: ignore[no-untyped-def]

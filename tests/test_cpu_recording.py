@@ -3,11 +3,13 @@
 import _thread
 import gc
 import random
+import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -514,3 +516,16 @@ def test_tasks_of_a_kernel_may_change_and_be_none() -> None:
             made.replay()
         assert torch.equal(out[:tasks], silu_and_mul(x)[:tasks])
         assert (out[tasks:] == 7).all()
+
+
+def test_recording_does_not_import_torchs_compiler() -> None:
+    """Which takes a second, and is imported at the first operator of a dispatch mode unless it declines."""
+    code = """
+import sys, torch
+from nanovllm.kernels.cpu import recording
+before, x = "torch._dynamo" in sys.modules, torch.zeros(4)
+with recording.recorded(recording.Pool()):
+    x.view(2, 2)
+assert ("torch._dynamo" in sys.modules) == before
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent, check=True, timeout=120)

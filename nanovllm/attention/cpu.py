@@ -38,7 +38,7 @@ class CpuAttention(AttentionBackend):
 
         self.items, self.layout, self.kernels = cpu_items, kv_cache, paged_attention
         self.fused_store = kernels.load("qk_norm_rope_store", spec.device, spec.dtype)
-        paged_attention.attention_kernel(spec.dtype == torch.bfloat16)  # compiled now, lest the first step wait for it
+        paged_attention.attention_kernel(spec.dtype == torch.bfloat16)  # lest the first step wait for it
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # a layer's keys and values
         # Set by the kernel that stores a value which is not finite.
         self.overflow = torch.zeros(1, dtype=torch.int32, device="cpu")

@@ -99,6 +99,7 @@ class ModelRunner:
             is_recorded = alone and not config.enforce_eager and kernels.is_enabled("graphs")
             if is_recorded and isinstance(self.attention, CpuAttention):
                 self.recorded = RecordedSteps(self.model, self.attention, self.num_slots)
+            kernels.finish_compiling(self.device)
         # Steps in flight before the results of the first are taken in. The CPU would gain nothing: it is the device.
         self.overlap_depth = 1 if runs_behind and kernels.is_enabled("overlap") else 0
 
@@ -129,6 +130,7 @@ class ModelRunner:
         # A resident holds at least one block, so more slots than blocks would never be filled.
         self.num_slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
         self._check_tables()
+        self.sampler = Sampler(model_config.vocab_size, self.device)  # before the weights: its kernels, too, take time
         started = time.perf_counter()
         try:
             self.model = model_class(model_config, self.max_model_len, parallel, self.dtype, self.device)
@@ -143,7 +145,7 @@ class ModelRunner:
             ) from error
         self.model.eval()
         pack_weights(self.model, config.quantization)
-        self.sampler = self.plain_sampler = Sampler(model_config.vocab_size, self.device)
+        self.plain_sampler = self.sampler
         if parallel.size > 1:
             self.plain_sampler = ShardedSampler(self.model.lm_head.rows, self.device, parallel)
         logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)

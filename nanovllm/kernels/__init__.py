@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.utils.garbage import collection_paused
+
 logger = logging.getLogger(__name__)
 
 # What is not to be used, to see what it is worth, or whether it is to blame. (Attention: ``attention_backend``.)
@@ -91,11 +93,19 @@ def why_no_cpu_kernels() -> str | None:
     if find_spec("numba") is None:
         return "the package numba is not installed"
     try:
-        import_module("nanovllm.kernels.cpu.rms_norm")
-        import_module("nanovllm.kernels.cpu.linear").product_kernel(False)  # the most demanding of the compiler
+        with collection_paused():  # numba has very many objects
+            import_module("nanovllm.kernels.cpu.rms_norm")
+            import_module("nanovllm.kernels.cpu.linear").product_kernel(False)  # the most demanding of the compiler
+            import_module("nanovllm.kernels.cpu.compilation").finish_compiling()
     except Exception as error:  # a numba that is too old or does not go with numpy, a processor it does not know, ...
         return f"numba cannot compile a kernel here: {type(error).__name__}: {error}"
     return None
+
+
+def finish_compiling(device: torch.device) -> None:
+    """Wait for the kernels that were loaded for ``device``: those of the CPU are compiled in the background."""
+    if device.type == "cpu" and why_no_cpu_kernels() is None:
+        import_module("nanovllm.kernels.cpu.compilation").finish_compiling()
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any] | None:

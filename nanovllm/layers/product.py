@@ -103,6 +103,7 @@ class Int8Weight(PackedWeight):
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.kernel = import_module("nanovllm.kernels.cpu.linear_int8")
+        import_module("nanovllm.kernels.cpu.linear").product_kernel(True)  # compiled from now on
         self.weight = self.kernel.quantize(weight.detach())
 
     def product(

@@ -1,4 +1,4 @@
-"""Compiles kernels for this machine once, and runs them on torch's own threads.
+"""Kernels, and how they run on torch's own threads.
 
 A kernel is a function of one address, where its arguments lie as int64: first the counter of tasks begun, the number of
 tasks and the counter of threads, then its own (:func:`integers`). Every thread calls it; it takes tasks
@@ -6,36 +6,26 @@ from the counter until none is left, so a thread that is held up delays nobody.
 """
 
 import ctypes
-import hashlib
-import logging
 import os
-import platform
 import struct
-import sys
 import threading
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from nanovllm.kernels.cpu.vectors import TARGET, Address, as_int64, fetch_add, of_bits
-from nanovllm.version import __version__
+from nanovllm.kernels.cpu.compilation import compile_soon
+from nanovllm.kernels.cpu.vectors import Address, add_atomically
 
-logger = logging.getLogger(__name__)
-
-# Where compiled kernels are kept; the user's cache directory by default.
-CACHE_VARIABLE = "NANOVLLM_CACHE"
 HEADER = 3
 _THREAD_COUNTER = 16  # bytes into the arguments
-_numba_settings = threading.Lock()
 
 
 @intrinsic
@@ -53,28 +43,46 @@ def integers(typing_context, arguments, count):  # type: ignore[no-untyped-def]
     return types.UniTuple(types.int64, number)(Address, count), generate
 
 
-@njit(inline="always")
-def as_float(bits: Any) -> Any:
+@intrinsic
+def as_float(typing_context, bits):  # type: ignore[no-untyped-def]
     """The float32 that :func:`as_integer` made an argument of."""
-    return of_bits(types.int32(bits))
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.trunc(values[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), generate
 
 
-@njit(inline="always")
-def next_task(arguments: Any) -> Any:
+@intrinsic
+def next_task(typing_context, arguments):  # type: ignore[no-untyped-def]
     """A task nobody has begun; at least :func:`num_tasks` if there is none."""
-    return fetch_add(arguments, 1)
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return add_atomically(builder, values[0], ir.Constant(ir.IntType(64), 1))
+
+    return types.int64(Address), generate
 
 
-@njit(inline="always")
-def num_tasks(arguments: Any) -> Any:
+@intrinsic
+def num_tasks(typing_context, arguments):  # type: ignore[no-untyped-def]
     """Tasks of the launch."""
-    return as_int64(arguments)[1]
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        start = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.load(builder.gep(start, [ir.Constant(ir.IntType(64), 1)]))
+
+    return types.int64(Address), generate
 
 
-@njit(inline="always")
-def thread_number(arguments: Any) -> Any:
+@intrinsic
+def thread_number(typing_context, arguments):  # type: ignore[no-untyped-def]
     """A number of the calling thread's own, from 0. To be asked for once a call."""
-    return fetch_add(arguments + _THREAD_COUNTER, 1)
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        counter = builder.add(values[0], ir.Constant(ir.IntType(64), _THREAD_COUNTER))
+        return add_atomically(builder, counter, ir.Constant(ir.IntType(64), 1))
+
+    return types.int64(Address), generate
 
 
 class Stream(NamedTuple):
@@ -86,7 +94,9 @@ class Stream(NamedTuple):
 
 
 class Kernel:
-    """A compiled kernel; calling it runs ``tasks`` tasks on torch's threads and returns when all are done.
+    """A kernel; calling it runs ``tasks`` tasks on torch's threads and returns when all are done.
+
+    It is compiled from now on, in the background: see :func:`nanovllm.kernels.cpu.compilation.finish_compiling`.
 
     Args:
         function: Of one int64, the address of the arguments.
@@ -102,7 +112,12 @@ class Kernel:
     ) -> None:
         self.name = function.__name__
         self.stream = stream
-        self.address = _compile(function, {*_FAST_MATH, "reassoc"} if reorders else _FAST_MATH)
+        self._compiled = compile_soon(function, reorders)
+
+    @cached_property
+    def address(self) -> int:
+        """Of the machine code; waits until it is there."""
+        return self._compiled.result()
 
     def __call__(self, tasks: int, *arguments: int) -> None:
         """Run, or note in a recording.
@@ -151,65 +166,6 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def as_integer(value: float) -> int:
     """A float32 as an argument of a kernel."""
     return struct.unpack("<i", struct.pack("<f", value))[0]
-
-
-def _compile(function: Callable[[Any], None], fast_math: set[str]) -> int:
-    """Machine code of a kernel, from the cache if it is there; returns its address."""
-    signature = types.void(Address)
-    directory = cache_directory()
-    if directory is not None:
-        # numba looks at its setting when a function is declared. It keeps what it compiled by the time stamp of the
-        # function's own file, which knows nothing of the functions that are built into it: hence the fingerprint.
-        with _numba_settings:
-            before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, directory
-            try:
-                compiled = cfunc(signature, cache=True, fastmath=fast_math, error_model="numpy")(function)
-            except Exception as error:  # a full disk, a directory that vanished, a file that is none, ...
-                logger.info("%s is compiled without the cache: %s", function.__name__, error)
-            else:
-                _keep_alive.append(compiled)
-                return compiled.address
-            finally:
-                numba.config.CACHE_DIR = before
-    compiled = cfunc(signature, fastmath=fast_math, error_model="numpy")(function)
-    _keep_alive.append(compiled)
-    return compiled.address
-
-
-_keep_alive: list[Any] = []
-# Products may be fused with sums. (Not "arcp": the processor's reciprocals, refined, make NaN of 1 / infinity.)
-_FAST_MATH = {"contract", "nsz"}
-
-
-@cache
-def cache_directory() -> str | None:
-    """Where compiled kernels are kept, for these sources, versions and this kind of processor; None if nowhere."""
-    root = os.environ.get(CACHE_VARIABLE) or _user_cache()
-    try:
-        directory = Path(root).expanduser() / f"kernels-{_fingerprint()}"
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".{os.getpid()}-{threading.get_ident()}"
-        probe.touch()
-        probe.unlink()
-    except (OSError, RuntimeError) as error:  # it cannot be written to; there is no home directory
-        logger.info("compiled kernels are not kept: %s", error)
-        return None
-    return str(directory)
-
-
-def _user_cache() -> str:
-    if os.name == "nt":
-        return os.path.join(os.environ.get("LOCALAPPDATA", "~"), "nanovllm")
-    if sys.platform == "darwin":
-        return "~/Library/Caches/nanovllm"
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanovllm")
-
-
-def _fingerprint() -> str:
-    digest = hashlib.sha256(f"{__version__} {numba.__version__} {platform.python_version()} {TARGET}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 _KERNEL_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64)

@@ -164,6 +164,11 @@ class Recorder:
 class _OnlyViews(TorchDispatchMode):
     """Refuses operators that do more than look at memory in another way."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch is to import its compiler at the first operator, so as to keep it away: that takes a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A view shares its memory with what it is a view of; whatever computes has memory of its own, or changes some.
         result = None if func._schema.is_mutable else func(*args, **(kwargs or {}))
