@@ -57,7 +57,7 @@ class SharedMemoryGroup:
         self.rank, self.size, self.timeout, self.check = rank, size, timeout, check
         # (Python's mmap would keep a file open for as long as any traceback lives.)
         memory = torch.from_file(f"/dev/fd/{fd}", shared=True, size=_num_bytes(size), dtype=torch.uint8)
-        self._flags = memoryview(memory[: size * _LINE].numpy()).cast("q")  # what a rank has arrived at, by line
+        self._flags = memory[: size * _LINE].numpy().data.cast("q")  # what a rank has arrived at, by line
         self._others = [other * _LINE // 8 for other in range(size) if other != rank]
         # Two, in turns: when a rank writes into one again, all have left the meeting in which it was read.
         self._slots = memory[size * _LINE :].view(2, size, _SLOT)
