@@ -271,6 +271,12 @@ class TestEnds:
             llm.close()
             engine.close()
 
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+    def test_closing_does_not_mind_a_rank_that_has_ended_or_hangs(self, checkpoint: Path, how: signal.Signals) -> None:
+        with nothing_left(), open_llm(checkpoint, 4) as llm:
+            tokens_of(llm)
+            llm.engine.runner.workers.processes[0].send_signal(how)
+
     def test_an_engine_that_is_let_go_takes_its_ranks_along(self, checkpoint: Path) -> None:
         with nothing_left():
             llm = open_llm(checkpoint)
@@ -317,10 +323,10 @@ class TestEnds:
 
             def kill() -> None:
                 time.sleep(moment)
-                ranks = [one for one in psutil.Process().children() if one not in children]
-                if ranks:
-                    draw.choice(ranks).kill()
-                    killed_at.append(time.monotonic())
+                while not (ranks := [one for one in psutil.Process().children() if one not in children]):
+                    time.sleep(0.01)
+                draw.choice(ranks).kill()
+                killed_at.append(time.monotonic())
 
             killer = threading.Thread(target=kill)
             killer.start()

@@ -130,6 +130,13 @@ class DecodeGraphs:
         self.max_rows = self.sizes[-1]
         self.capture_seconds = time.perf_counter() - started
 
+    def up_to(self, max_rows: int) -> "DecodeGraphs":
+        """These, without what was captured for larger batches."""
+        self.sizes = [size for size in self.sizes if size <= max_rows]
+        self._replays = {size: self._replays[size] for size in self.sizes}
+        self.max_rows = self.sizes[-1]
+        return self
+
     @staticmethod
     def num_bytes(max_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
         """Bytes of the static buffers."""

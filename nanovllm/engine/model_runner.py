@@ -55,7 +55,7 @@ class ModelRunner:
         model_config: The checkpoint's.
         max_model_len: Most tokens of a sequence.
         parallel: Which share of the model it holds.
-        agree: Given the KV blocks that it has room for, those that all ranks have.
+        agree: Given a number of its own, the least that any rank has.
 
     Raises:
         ValueError: The device, dtype, architecture or backend cannot be had, or memory is too small.
@@ -95,6 +95,9 @@ class ModelRunner:
                 self.warm_up()
             if self._wants_graphs():
                 self.capture_graphs(CudaCapture())
+                rows = self._agree(self.graphs.max_rows if self.graphs else 0)  # ranks replay together or not at all
+                if self.graphs is not None:
+                    self.graphs = self.graphs.up_to(rows) if rows else None
             alone = parallel.size == 1  # what ranks send each other is not recorded
             is_recorded = alone and not config.enforce_eager and kernels.is_enabled("graphs")
             if is_recorded and isinstance(self.attention, CpuAttention):

@@ -47,8 +47,8 @@ def _serve(connection: Connection, memory: int, rank: int, parent: int) -> None:
     size = config.tensor_parallel_size
     parallel = ParallelGroup(rank, size, Group(Path(store), memory, rank, config))
 
-    def agree(num_blocks: int) -> int:
-        _say(connection, "blocks", num_blocks)
+    def agree(number: int) -> int:
+        _say(connection, "number", number)
         return pickle.loads(connection.recv_bytes())
 
     model_config = load_model_config(config.model, config.hf_overrides)

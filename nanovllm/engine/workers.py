@@ -1,9 +1,10 @@
 """The other ranks of a tensor-parallel engine: processes that hold a share of the model each and run the same steps.
 
 Rank 0 is in the caller's process. It starts the others (``worker_process.py``), each at the end of a pair of sockets
-that only the two know; the ranks find each other for their sums through a file in a private temporary directory. A step
-is a message to each, after which all compute; what they send each other then keeps them in step. Whichever way one of
-them ends, the sockets tell, and rank 0 ends the others and raises :class:`EngineDeadError`.
+that only the two know. Their sums go through memory that they share or, where that is not for them, a process group
+whose ranks find each other through a file in a private temporary directory. A step is a message to each, after which
+all compute; the sums keep them in step. Whichever way one of them ends, the sockets tell, and rank 0 ends the others
+and raises :class:`EngineDeadError`.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import platform
 import queue
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -91,17 +93,31 @@ class Workers:
             self, _clean_up, self.processes, self.connections, self.directory, self._memory, self._thread
         )
         first = pickle.dumps((config, max_model_len, str(self.directory / "store"), library_versions()))
-        for rank in range(1, self.size):
-            self._start(rank, first)
+        try:
+            for rank in range(1, self.size):
+                self._start(rank, first)
+        except BaseException:
+            self.shut_down()
+            raise
         self._reader = threading.Thread(target=_read, args=(weakref.ref(self), list(self.connections)), daemon=True)
         self._reader.start()
 
     def _start(self, rank: int, first: bytes) -> None:
         ours, theirs = socket.socketpair()
+        # A rank that hangs takes no messages either.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.config.tensor_parallel_timeout))
         with theirs:
             fd = theirs.fileno()
             process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(fd), str(self._memory), str(rank)],
+                [
+                    sys.executable,
+                    "-c",
+                    _BOOTSTRAP,
+                    json.dumps([str(path) for path in sys.path]),
+                    str(fd),
+                    str(self._memory),
+                    str(rank),
+                ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[fd, self._memory],
                 start_new_session=True,  # Ctrl-C in the terminal is for rank 0 to hear
@@ -109,7 +125,8 @@ class Workers:
         self.processes.append(process)
         connection = Connection(ours.detach())
         self.connections.append(connection)
-        connection.send_bytes(first)
+        with contextlib.suppress(OSError):  # it has ended already, which the reader will hear
+            connection.send_bytes(first)
 
     def join(self) -> ParallelGroup:
         """Wait for the workers to be up, and meet them.
@@ -145,19 +162,19 @@ class Workers:
                 found[rank] = value
         return [found[rank] for rank in range(1, self.size)]
 
-    def agree(self, num_blocks: int) -> int:
-        """The least number of KV blocks that any rank has room for, which all then take."""
-        least = min(num_blocks, *self.collect("blocks"))
+    def agree(self, number: int) -> int:
+        """The least of the ranks' numbers: of KV blocks that they have room for, say."""
+        least = min(number, *self.collect("number"))
         self.send(pickle.dumps(least))
         return least
 
     def send(self, message: bytes) -> None:
         """Give all workers a message."""
-        for connection in self.connections:
+        for rank, connection in enumerate(self.connections, 1):
             try:
                 connection.send_bytes(message)
-            except OSError:  # the reader has heard, or is about to hear, why
-                self._await_failure()
+            except OSError as error:  # if it has ended, the reader has heard, or is about to hear, how
+                self._await_failure(f"tensor-parallel rank {rank} takes no messages: timed out", error)
 
     def run(self, function: Callable[[], T]) -> T:
         """Call a function that meets the other ranks, in a thread of its own, where no Ctrl-C ends it half-way.
@@ -175,6 +192,7 @@ class Workers:
             try:
                 return future.result()
             except EngineDeadError:
+                self.shut_down()
                 raise
             except ValueError:  # what cannot be served is no rank's failure
                 self.shut_down()
@@ -203,7 +221,7 @@ class Workers:
             self._group.close()
         self._finalizer()
 
-    def _await_failure(self, otherwise: str = "a rank has ended", cause: BaseException | None = None) -> None:
+    def _await_failure(self, otherwise: str, cause: BaseException) -> None:
         """Raise what has gone wrong: what a rank that has ended says of it explains more than ``otherwise``."""
         deadline = time.monotonic() + GRACE_SECONDS
         while self.failure is None and time.monotonic() < deadline:
@@ -274,7 +292,7 @@ class Group:
     """
 
     def __init__(
-        self, store: Path, memory: int, rank: int, config: EngineConfig, check: Callable[[], object] = int
+        self, store: Path, memory: int, rank: int, config: EngineConfig, check: Callable[[], None] = lambda: None
     ) -> None:
         self._group: Any = _make_group(store, memory, rank, config, check)
         self.allreduce, self.allgather, self.broadcast = (
@@ -289,7 +307,7 @@ class Group:
             self.__dict__.pop(name, None)
 
 
-def _make_group(store: Path, memory: int, rank: int, config: EngineConfig, check: Callable[[], object]) -> Any:
+def _make_group(store: Path, memory: int, rank: int, config: EngineConfig, check: Callable[[], None]) -> Any:
     size, timeout = config.tensor_parallel_size, config.tensor_parallel_timeout
     is_cuda = resolve_device(config.device).type == "cuda"
     if not is_cuda and why_not_shared_memory() is None:
@@ -305,6 +323,11 @@ def _make_group(store: Path, memory: int, rank: int, config: EngineConfig, check
     options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # never on a network
     options._timeout = limit
     return distributed.ProcessGroupGloo(files, rank, size, options)
+
+
+def _timeval(seconds: float) -> bytes:
+    """C's struct timeval."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 class _Thread:
@@ -376,6 +399,7 @@ def _clean_up(
     thread.end()
     for connection in connections:
         with contextlib.suppress(OSError):
+            os.set_blocking(connection.fileno(), False)
             connection.send_bytes(CLOSE)
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:

@@ -53,7 +53,7 @@ class SharedMemoryGroup:
         check: Called now and then while waiting; may raise.
     """
 
-    def __init__(self, fd: int, rank: int, size: int, timeout: float, check: Callable[[], object]) -> None:
+    def __init__(self, fd: int, rank: int, size: int, timeout: float, check: Callable[[], None]) -> None:
         self.rank, self.size, self.timeout, self.check = rank, size, timeout, check
         # (Python's mmap would keep a file open for as long as any traceback lives.)
         memory = torch.from_file(f"/dev/fd/{fd}", shared=True, size=_num_bytes(size), dtype=torch.uint8)
