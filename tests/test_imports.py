@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.parallel_runner": {
         "engine.model_runner",
         "engine.plan_codec",
+        "engine.rank_group",
         "engine.step_handle",
         "engine.step_plan",
         "engine.workers",
@@ -73,8 +74,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *UTILS,
     },
     "engine.plan_codec": {"engine.batch_state", "engine.step_plan", *PLAIN},
-    "engine.workers": {"engine.placement", "layers", "config", *PLAIN},
-    "engine.worker_process": {"engine.model_runner", "engine.plan_codec", "engine.workers", "layers", *UTILS},
+    "engine.rank_group": {"engine.placement", "config", *UTILS},
+    "engine.workers": {"engine.placement", "engine.rank_group", "layers", "config", *PLAIN},
+    "engine.worker_process": {
+        "engine.model_runner",
+        "engine.plan_codec",
+        "engine.rank_group",
+        "engine.workers",
+        "layers",
+        *UTILS,
+    },
     "engine.model_runner": {
         "engine.batch_state",
         "engine.cuda_graphs",

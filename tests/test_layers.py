@@ -28,6 +28,7 @@ from nanovllm.layers.linear import ColumnParallelLinear, GateUpParallelLinear, Q
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import OneDnnWeight, PackedWeight, TiledWeight, pack_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, rope_frequencies
+from nanovllm.layers.sampler import Sampler, SamplingRows, ShardedSampler
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import ShapeMismatchError, load_weights
 from nanovllm.utils.model_config import ModelConfig, load_model_config
@@ -443,6 +444,38 @@ class TestVocabularySplitOverRanks:
         for out in outs:
             torch.testing.assert_close(out, hidden @ table.T)
         assert read_once_in_all(list(reads))
+
+    @pytest.mark.parametrize("vocab_size", [97, 300, 1000])
+    @pytest.mark.parametrize("size", [2, 4])
+    def test_draws_are_those_of_one_rank(self, size: int, vocab_size: int) -> None:
+        """Of logits that no rank has whole; greedy rows, and rows with nothing finite, among them."""
+        rows = 60
+        logits = randn(rows, vocab_size) * 3
+        logits[7] = -math.inf
+        logits[8, vocab_size // 2] = math.nan
+        logits[9, : vocab_size // 2] = -math.inf
+        keys = torch.randint(-(2**31), 2**31, (rows, 2), generator=torch.Generator().manual_seed(2)).to(torch.int32)
+        params = SamplingRows(
+            temperature=torch.tensor([0.0, 0.5, 1.3]).repeat(rows // 3),
+            top_k=torch.zeros(rows, dtype=torch.int64),
+            top_p=torch.ones(rows),
+            keys=keys,
+            positions=torch.arange(rows),
+            all_greedy=False,
+            any_greedy=True,
+            any_truncated=False,
+        )
+        expected = Sampler(vocab_size, CPU)(logits, params)
+        assert expected[7] == expected[8] == -1
+
+        def rank(parallel: ParallelGroup) -> torch.Tensor:
+            columns = VocabParallelEmbedding(vocab_size, 6, parallel, F32, CPU).rows
+            padded = F.pad(logits, (0, columns * size - vocab_size), value=-math.inf)
+            share = padded[:, parallel.rank * columns :][:, :columns]
+            return ShardedSampler(columns, CPU, parallel)(share, params)
+
+        for tokens in run_ranks(size, rank):
+            assert torch.equal(tokens, expected)
 
     def test_some_rank_holds_nothing(self) -> None:
         shares = [VocabParallelEmbedding(300, 6, ParallelGroup(rank, 4), F32, CPU).num_ids for rank in range(4)]

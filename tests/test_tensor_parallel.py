@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.engine import rank_group
 from nanovllm.engine.plan_codec import PlanDecoder, PlanEncoder
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.temperature import Linear
@@ -74,7 +75,7 @@ def nothing_left() -> Iterator[None]:
 
 
 @contextmanager
-def fault(rank: int, where: str, what: str) -> Iterator[None]:
+def fault(rank: int | str, where: str, what: str) -> Iterator[None]:
     """Ranks that are started within it go wrong as ``worker_faults/sitecustomize.py`` says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
@@ -170,6 +171,49 @@ class TestAnswers:
                 }
         assert found[5].prompt_logprobs is not None
 
+    def test_what_a_processor_may_do(self, checkpoint: Path) -> None:
+        """It runs in another thread than the caller's, which holds the engine meanwhile."""
+        with open_llm(checkpoint) as llm:
+            found: list[Any] = []
+
+            def look(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+                found.append(llm.get_metrics()["running_requests"])
+                with pytest.raises(RuntimeError, match="from inside one of its own steps"):
+                    llm.generate([[1]], GREEDY)
+                llm.abort("mine")
+                return logits
+
+            params = SamplingParams(max_tokens=20, ignore_eos=True, logits_processors=[look])
+            llm.engine.add_request({"prompt_token_ids": [3, 4]}, params, request_id="mine")
+            outputs: list[Any] = []
+            while llm.engine.has_unfinished_requests:
+                outputs += llm.engine.step()
+            assert found == [1]
+            assert outputs[0].outputs[0].finish_reason == "abort"
+            assert len(tokens_of(llm)) == len(PROMPTS)
+
+    def test_a_processor_that_ends_the_program_ends_the_engine(self, checkpoint: Path) -> None:
+        def leave(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            raise SystemExit(3)
+
+        with open_llm(checkpoint) as llm:
+            with pytest.raises(SystemExit):
+                llm.generate([[3]], SamplingParams(logits_processors=[leave]), use_tqdm=False)
+            with pytest.raises(EngineDeadError, match="have been ended"):
+                tokens_of(llm)
+
+    def test_through_gloo(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What Arm and macOS take."""
+        with open_llm(checkpoint, 1) as llm:
+            expected = tokens_of(llm)
+        monkeypatch.setattr(rank_group, "why_not_shared_memory", lambda: "for a test")
+        for size in (2, 4):
+            with fault("any", "-", "gloo"), open_llm(checkpoint, size) as llm:
+                assert tokens_of(llm) == expected
+            dead = pytest.raises(EngineDeadError, match="was ended by signal 9")
+            with fault("any", "execute:4", "gloo+kill"), open_llm(checkpoint, size) as llm, dead:
+                tokens_of(llm)
+
     def test_two_engines_side_by_side_and_one_after_the_other(self, checkpoint: Path) -> None:
         with open_llm(checkpoint) as first, open_llm(checkpoint) as second:
             assert tokens_of(first) == tokens_of(second) == tokens_of(first)
@@ -248,7 +292,7 @@ class TestMessages:
 
     @needs_ranks
     def test_a_message_of_any_size(self, checkpoint: Path) -> None:
-        """More than a socket's buffer holds at once: 512 prompts that enter in one step."""
+        """More than a socket's buffer holds at once: 300 prompts that enter in one step."""
         prompts = [[3 + (n * 7 + i) % 200 for i in range(250)] for n in range(300)]
         params = SamplingParams(temperature=0, max_tokens=1)
         options = {"max_num_batched_tokens": 100_000, "max_num_seqs": 300, "num_kvcache_blocks": 6000}
@@ -303,6 +347,34 @@ class TestEnds:
             assert time.monotonic() - started < 2 + SOON
             with pytest.raises(EngineDeadError, match="make a new LLM"):  # and ever after
                 tokens_of(llm)
+
+    def test_an_engine_that_is_kept_keeps_no_process(self, checkpoint: Path) -> None:
+        with fault(2, "execute:3", "kill"):
+            before = belongings()["processes"]
+            llm = open_llm(checkpoint, 4)
+            with pytest.raises(EngineDeadError, match="rank 2 was ended by signal 9"):
+                tokens_of(llm)
+            assert belongings()["processes"] == before
+            llm.close()
+
+    def test_a_stopped_rank_and_a_message_that_it_does_not_take(self, checkpoint: Path) -> None:
+        prompts = [[3 + (n * 7 + i) % 200 for i in range(500)] for n in range(400)]
+        with nothing_left(), open_llm(checkpoint, tensor_parallel_timeout=2, num_kvcache_blocks=4000) as llm:
+            llm.engine.scheduler.max_num_batched_tokens = 10**6
+            llm.engine.runner.workers.processes[0].send_signal(signal.SIGSTOP)
+            started = time.monotonic()
+            with pytest.raises(EngineDeadError, match="timed out"):
+                tokens_of(llm, prompts=prompts)
+            assert time.monotonic() - started < 2 + SOON
+
+    def test_a_forked_process_leaves_the_engine_to_its_parent(self, checkpoint: Path) -> None:
+        with open_llm(checkpoint) as llm:
+            child = os.fork()
+            if child == 0:
+                llm.engine.runner.workers._finalizer()
+                os._exit(0)
+            os.waitpid(child, 0)
+            assert len(tokens_of(llm)) == len(PROMPTS)
 
     def test_the_end_of_an_idle_rank_is_heard_at_the_next_call(self, checkpoint: Path) -> None:
         with nothing_left(), open_llm(checkpoint, 4) as llm:

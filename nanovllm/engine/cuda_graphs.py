@@ -19,6 +19,7 @@ from torch import nn
 from nanovllm import kernels
 from nanovllm.attention.base import AttentionBackend, DecodeMetadata
 from nanovllm.engine.batch_state import BatchState
+from nanovllm.utils.garbage import collection_paused
 from nanovllm.utils.transfer import to_device
 
 logger = logging.getLogger(__name__)
@@ -162,9 +163,7 @@ class DecodeGraphs:
     def _capture_all(self, sizes: list[int], capture: Capture) -> None:
         """Capture the sizes that fit, the largest first: the others then find room in its memory."""
         gc.collect()
-        was_enabled = gc.isenabled()
-        gc.disable()  # what it would finalise may use the device in ways that no capture allows
-        try:
+        with collection_paused():  # what it would finalise may use the device in ways that no capture allows
             for size in reversed(sizes):
                 try:
                     # Once before: kernels are compiled, and libraries set up, at their first call, which cannot be
@@ -175,9 +174,6 @@ class DecodeGraphs:
                     if size == sizes[0]:
                         raise
                     logger.warning("no memory to capture decode steps of %d rows, which run slower without", size)
-        finally:
-            if was_enabled:
-                gc.enable()
 
     def _run(self, rows: int) -> None:
         """A decode step of the first ``rows`` of ``slots``, in static buffers."""

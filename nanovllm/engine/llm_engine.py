@@ -313,6 +313,8 @@ class LLMEngine:
 
     def metrics(self) -> dict[str, Any]:
         """Facts and totals of the engine; see :meth:`nanovllm.LLM.get_metrics`."""
+        if self._is_inside_a_change():  # in a thread that the one with the lock waits for, perhaps
+            return self._metrics()
         with self._lock:
             self._refuse_if_closed()
             return self._metrics()
@@ -367,7 +369,8 @@ class LLMEngine:
     def _is_inside_a_change(self) -> bool:
         """Whether this thread is in the middle of changing what the engine holds."""
         # Asked of the lock, which is released whatever happens; a flag of our own might stay set after an interrupt.
-        return self._lock._is_owned()  # type: ignore[attr-defined]
+        owned = self._lock._is_owned()  # type: ignore[attr-defined]
+        return owned or threading.get_ident() == self.runner.thread_id
 
     def _requests_of(self, owner: Owner) -> list[str]:
         return [request.request_id for request in self._requests.values() if request.owner is owner]

@@ -61,6 +61,8 @@ class ModelRunner:
         ValueError: The device, dtype, architecture or backend cannot be had, or memory is too small.
     """
 
+    thread_id: int | None = None  # of the thread that steps run in, where that is not the caller's
+
     def __init__(
         self,
         config: EngineConfig,
@@ -90,6 +92,7 @@ class ModelRunner:
         lock = _construction if self._stream is not None else nullcontext()
         with lock, self._on_device(), self._as_asked():
             self._load()
+            self._agree(0)  # all have loaded: what follows waits for others no longer than a step may
             self._allocate()
             if self.device.type == "cuda":
                 self.warm_up()
@@ -304,11 +307,11 @@ class ModelRunner:
         positions = state.num_computed[special.slot_index].long()  # by now, those of the sampled tokens
         places = SamplePlaces(special.slots, special.slot_index, positions, longest)
         whole = self.model.whole_logits(logits[special.index]).float()
-        drawn, errors, logprobs = torch.empty_like(special.index), dict[int, str](), None
         if self.parallel.rank == 0:  # a request's own callables are called once
             drawn, errors, logprobs = self._draw(whole, places)
-        self.parallel.broadcast(drawn)
-        if self.parallel.rank > 0:
+            self.parallel.broadcast(drawn)
+        else:
+            drawn, errors, logprobs = self.parallel.broadcast(torch.empty_like(special.index)), {}, None
             state.write(places, drawn)
         tokens[special.index] = drawn.to(tokens.dtype)
         return StepHandle(
@@ -358,7 +361,8 @@ class ModelRunner:
         hidden_pieces = hidden[row.hidden_rows].split(PROMPT_LOGIT_ROWS)
         for some, targets in zip(hidden_pieces, row.targets.split(PROMPT_LOGIT_ROWS), strict=True):
             logits = self.model.compute_logits(some)
-            pieces.append(DeviceLogprobs.compute(logits, targets, [row.num_logprobs] * len(targets)))
+            if self.parallel.rank == 0:
+                pieces.append(DeviceLogprobs.compute(logits, targets, [row.num_logprobs] * len(targets)))
         return row.first, pieces
 
     def close(self) -> None:
@@ -391,7 +395,7 @@ class ModelRunner:
         tables = BatchState.num_bytes(self.num_slots, self.max_model_len, self.block_size)
         if not self._wants_graphs():
             return tables
-        buffers = DecodeGraphs.num_bytes(self.num_slots, self.model_config.vocab_size, self.dtype)
+        buffers = DecodeGraphs.num_bytes(self.num_slots, self.model.lm_head.rows, self.dtype)
         return tables + buffers + BYTES_PER_GRAPH * len(batch_sizes(self.num_slots))
 
     def _check_tables(self) -> None:
@@ -411,6 +415,8 @@ class ModelRunner:
         if self.config.num_kvcache_blocks is not None:
             wanted = self.config.num_kvcache_blocks
             free = max(0, free_memory(self.device) - self._table_bytes())
+            if self.device.type == "cpu":  # the ranks share the memory
+                free //= self.parallel.size
             if wanted * block_bytes > free:
                 raise ValueError(
                     f"num_kvcache_blocks is {wanted}: at {block_bytes:,} bytes each they take {wanted * block_bytes:,} "
@@ -422,7 +428,7 @@ class ModelRunner:
         captured = 2 * peak * self.num_slots // self.config.max_num_batched_tokens if self._wants_graphs() else 0
         captured = min(captured, peak)
         budget = kv_budget(self.device, peak + captured + self._table_bytes(), self.config.gpu_memory_utilization)
-        if self.device.type == "cpu":  # the ranks share the memory
+        if self.device.type == "cpu":
             budget //= self.parallel.size
         num_blocks = min(budget // block_bytes, self.config.max_num_seqs * blocks_per_sequence)
         if self.device.type == "mps":

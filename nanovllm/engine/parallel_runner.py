@@ -5,9 +5,10 @@ from typing import Any
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan_codec import PlanEncoder
+from nanovllm.engine.rank_group import on_rank
 from nanovllm.engine.step_handle import StepHandle
-from nanovllm.engine.step_plan import StepPlan
-from nanovllm.engine.workers import Workers, on_rank
+from nanovllm.engine.step_plan import StepPlan, StepResult
+from nanovllm.engine.workers import Workers
 from nanovllm.utils.model_config import ModelConfig
 
 
@@ -27,15 +28,22 @@ class ParallelRunner:
             self.runner = self.workers.run(
                 lambda: ModelRunner(on_rank(config, 0), model_config, max_model_len, parallel, self.workers.agree)
             )
-            self.workers.collect("ready")
+            self.workers.wait_until_ready()
         except BaseException:
             self.workers.shut_down()
             raise
         self._encoder = PlanEncoder()
 
-    def execute(self, plan: StepPlan) -> StepHandle:
+    @property
+    def thread_id(self) -> int | None:
+        """Of the thread that steps run in, and what users have called within them."""
+        return self.workers.thread.ident
+
+    def execute(self, plan: StepPlan) -> "StepHandle | WatchedHandle":
         """As the runner's, on all ranks."""
-        return self.workers.run(lambda: self._execute(plan))
+        handle = self.workers.run(lambda: self._execute(plan))
+        # On the CPU it is done by now.
+        return handle if self.runner.device.type == "cpu" else WatchedHandle(self.workers, handle)
 
     def _execute(self, plan: StepPlan) -> StepHandle:
         self.workers.send(self._encoder.encode(plan))
@@ -50,6 +58,17 @@ class ParallelRunner:
         if name == "runner":  # there is none yet
             raise AttributeError(name)
         return getattr(self.runner, name)
+
+
+class WatchedHandle:
+    """A step that has been launched; whoever waits for it hears if a rank ends meanwhile."""
+
+    def __init__(self, workers: Workers, handle: StepHandle) -> None:
+        self.workers, self.handle = workers, handle
+
+    def result(self) -> StepResult:
+        """As the handle's."""
+        return self.workers.run(self.handle.result)
 
 
 def check_shares(config: EngineConfig, model_config: ModelConfig) -> None:

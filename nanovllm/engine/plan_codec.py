@@ -27,7 +27,7 @@ class PlanEncoder:
         slots, starts = _next_rows(self._last, plan.released)
         goes_on = plan.slots == slots and plan.starts == starts and not plan.entered and not plan.num_prefill_tokens
         self._last = plan
-        if goes_on and all(plan.samples):
+        if goes_on and all(plan.samples) and plan.num_tokens == len(slots):
             numbers = array("i", [len(plan.released), *plan.released])
             for block in plan.appended_blocks:
                 numbers.extend(block)

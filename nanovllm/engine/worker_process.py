@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -35,7 +34,8 @@ def _serve(connection: Connection, memory: int, rank: int, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent, Path(store).parent), daemon=True).start()
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.engine.plan_codec import PlanDecoder
-    from nanovllm.engine.workers import CLOSE, Group, library_versions, on_rank
+    from nanovllm.engine.rank_group import RankGroup, on_rank
+    from nanovllm.engine.workers import library_versions
     from nanovllm.layers.parallel import ParallelGroup
     from nanovllm.utils.model_config import load_model_config
 
@@ -45,7 +45,7 @@ def _serve(connection: Connection, memory: int, rank: int, parent: int) -> None:
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # rank 0 says what there is to say
     _say(connection, "hello", rank)
     size = config.tensor_parallel_size
-    parallel = ParallelGroup(rank, size, Group(Path(store), memory, rank, config))
+    parallel = ParallelGroup(rank, size, RankGroup(Path(store), memory, rank, config))
 
     def agree(number: int) -> int:
         _say(connection, "number", number)
@@ -58,9 +58,7 @@ def _serve(connection: Connection, memory: int, rank: int, parent: int) -> None:
     while True:
         try:
             message = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        if message == CLOSE:
+        except (EOFError, OSError):  # it is over
             return
         runner.execute(decoder.decode(message))
 
@@ -69,7 +67,7 @@ def _say(connection: Connection, kind: str, value: Any) -> None:
     try:
         connection.send_bytes(pickle.dumps((kind, value)))
     except OSError:  # rank 0 is gone
-        sys.exit(1)
+        os._exit(1)
 
 
 def _end_with(parent: int, directory: Path) -> None:

@@ -8,7 +8,6 @@ and raises :class:`EngineDeadError`.
 """
 
 import contextlib
-import json
 import os
 import pickle
 import platform
@@ -25,33 +24,32 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
-from dataclasses import replace
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.placement import resolve_device
+from nanovllm.engine.rank_group import RankGroup
 from nanovllm.errors import EngineDeadError
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.utils.shared_group import SharedMemoryGroup, new_memory, why_not_shared_memory
+from nanovllm.utils.shared_group import new_memory
 from nanovllm.version import __version__
 
 T = TypeVar("T")
 
 START_SECONDS = 600.0  # until a worker has loaded its share
-GRACE_SECONDS = 2.0  # for others to fail, or to end by themselves, once one has
-LATEST_SECONDS = 4.0  # after a worker's end: by then rank 0 has failed as well, or is given up
-CLOSE = b"close"
+GRACE_SECONDS = 2.0  # for a worker to end by itself, or for one that rank 0 misses to be heard of
+LATEST_SECONDS = 3.0  # after a worker's end: by then rank 0 has noticed as well, or is not waited for
+POLL_SECONDS = 0.2
 
-# What a worker is started with. The caller's main module plays no part in it, so that it needs no guard.
+# What a worker is started with, after its path has been set. The caller's main module plays no part in it, so that it
+# needs no guard.
 _BOOTSTRAP = """
-import json, sys
-sys.path[:], fd, memory, rank = json.loads(sys.argv[1]), *map(int, sys.argv[2:])
+fd, memory, rank = map(int, sys.argv[1:])
 try:
     from nanovllm.engine.worker_process import main
 except BaseException:
@@ -81,17 +79,16 @@ class Workers:
         self.config, self.size = config, config.tensor_parallel_size
         self.failure: str | None = None
         self.failed_at = 0.0
-        self._group: Group | None = None
+        self._group: RankGroup | None = None
         self._lock = threading.Lock()
         self._replies: queue.Queue[tuple[int, str, Any]] = queue.Queue()
         self.directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # nobody else's to read
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
-        self._thread = _Thread()
+        self.thread = StepThread()
         self._memory = new_memory(self.size)
-        self._finalizer = weakref.finalize(
-            self, _clean_up, self.processes, self.connections, self.directory, self._memory, self._thread
-        )
+        belongings = (self.processes, self.connections, self.directory, self._memory, self.thread)
+        self._finalizer = weakref.finalize(self, _clean_up, os.getpid(), *belongings)
         first = pickle.dumps((config, max_model_len, str(self.directory / "store"), library_versions()))
         try:
             for rank in range(1, self.size):
@@ -99,25 +96,18 @@ class Workers:
         except BaseException:
             self.shut_down()
             raise
-        self._reader = threading.Thread(target=_read, args=(weakref.ref(self), list(self.connections)), daemon=True)
-        self._reader.start()
+        threading.Thread(target=_read, args=(weakref.ref(self), list(self.connections)), daemon=True).start()
 
     def _start(self, rank: int, first: bytes) -> None:
         ours, theirs = socket.socketpair()
         # A rank that hangs takes no messages either.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.config.tensor_parallel_timeout))
+        path = [entry for entry in sys.path if isinstance(entry, str)]
         with theirs:
             fd = theirs.fileno()
+            code = f"import sys; sys.path[:] = {path!r}{_BOOTSTRAP}"
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _BOOTSTRAP,
-                    json.dumps([str(path) for path in sys.path]),
-                    str(fd),
-                    str(self._memory),
-                    str(rank),
-                ],
+                [sys.executable, "-c", code, str(fd), str(self._memory), str(rank)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[fd, self._memory],
                 start_new_session=True,  # Ctrl-C in the terminal is for rank 0 to hear
@@ -142,16 +132,26 @@ class Workers:
             if workers is not None:
                 workers.raise_if_failed()
 
-        self._group = self.run(lambda: Group(self.directory / "store", self._memory, 0, self.config, check))
-        shutil.rmtree(self.directory, ignore_errors=True)  # the ranks have met
+        self._group = self.run(lambda: RankGroup(self.directory / "store", self._memory, 0, self.config, check))
         return ParallelGroup(0, self.size, self._group)
+
+    def agree(self, number: int) -> int:
+        """The least of the ranks' numbers: of KV blocks that they have room for, say."""
+        least = min(number, *self.collect("number"))
+        self.send(pickle.dumps(least))
+        return least
+
+    def wait_until_ready(self) -> None:
+        """Wait until all have loaded, and done all that they do before the first step."""
+        self.collect("ready")
+        shutil.rmtree(self.directory, ignore_errors=True)  # by now the ranks have met
 
     def collect(self, kind: str) -> list[Any]:
         """Every worker's message of a kind, the next it sends, in the order of the ranks."""
         found: dict[int, Any] = {}
         deadline = time.monotonic() + START_SECONDS
         while len(found) < self.size - 1:
-            self.check()
+            self.raise_if_failed()
             try:
                 rank, got, value = self._replies.get(timeout=0.05)
             except queue.Empty:
@@ -162,115 +162,102 @@ class Workers:
                 found[rank] = value
         return [found[rank] for rank in range(1, self.size)]
 
-    def agree(self, number: int) -> int:
-        """The least of the ranks' numbers: of KV blocks that they have room for, say."""
-        least = min(number, *self.collect("number"))
-        self.send(pickle.dumps(least))
-        return least
-
     def send(self, message: bytes) -> None:
         """Give all workers a message."""
         for rank, connection in enumerate(self.connections, 1):
             try:
                 connection.send_bytes(message)
             except OSError as error:  # if it has ended, the reader has heard, or is about to hear, how
-                self._await_failure(f"tensor-parallel rank {rank} takes no messages: timed out", error)
+                self._fail_later(f"tensor-parallel rank {rank} takes no messages: timed out", error)
 
     def run(self, function: Callable[[], T]) -> T:
         """Call a function that meets the other ranks, in a thread of its own, where no Ctrl-C ends it half-way.
 
         Raises:
-            EngineDeadError: It failed, as it does when another rank has ended, or a rank has hung.
+            EngineDeadError: It failed, as it does when another rank has ended, or a rank has hung. All are ended.
         """
-        self.check()
-        future = self._thread.submit(function)
-        while not future.done():
-            wait_for_futures([future], timeout=0.2)
-            if self.failure is not None and time.monotonic() - self.failed_at > LATEST_SECONDS:
-                break
-        if future.done():
-            try:
-                return future.result()
-            except EngineDeadError:
-                self.shut_down()
-                raise
-            except ValueError:  # what cannot be served is no rank's failure
-                self.shut_down()
-                raise
-            except Exception as error:
-                self._await_failure(f"rank 0 failed: {type(error).__name__}: {error}", error)
-        self.check()
-        raise AssertionError
-
-    def check(self) -> None:
-        """Raise EngineDeadError if a rank has ended, and end the others."""
-        if self.failure is not None:
-            self.shut_down()
+        try:
             self.raise_if_failed()
+            future = self.thread.submit(function)
+            while not future.done():
+                wait_for_futures([future], timeout=POLL_SECONDS)
+                if self.failure is not None and time.monotonic() - self.failed_at > LATEST_SECONDS:
+                    self.raise_if_failed()
+            error = future.exception()
+            if error is None:
+                return future.result()
+            if isinstance(error, Exception) and not isinstance(error, (EngineDeadError, ValueError)):
+                self._fail_later(f"rank 0 failed: {type(error).__name__}: {error}", error)
+            self.shut_down()  # the ranks are no longer in step
+            raise error
+        except EngineDeadError:
+            self.shut_down()
+            raise
 
     def raise_if_failed(self) -> None:
         """Raise EngineDeadError if a rank has ended."""
         if self.failure is not None:
-            raise EngineDeadError(f"{self.failure}; the engine is closed, make a new LLM")
+            raise EngineDeadError(f"{self.failure} (close this LLM, and make a new one)")
 
     def shut_down(self) -> None:
         """End all workers, however they are, and leave nothing behind. May be called any number of times."""
         if self.failure is None:
-            self.failure = "the engine was closed"
+            self.failure = "the engine's ranks have been ended"
+        elif self.failed_at and self._finalizer.alive:  # the others wait for one that will not come
+            for process in self.processes:
+                process.kill()
         if self._group is not None:
             self._group.close()
         self._finalizer()
 
-    def _await_failure(self, otherwise: str, cause: BaseException) -> None:
-        """Raise what has gone wrong: what a rank that has ended says of it explains more than ``otherwise``."""
+    def _fail_later(self, reason: str, cause: BaseException) -> NoReturn:
+        """Raise what has gone wrong: what a rank that has ended says of it explains more than ``reason``."""
         deadline = time.monotonic() + GRACE_SECONDS
         while self.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        self._fail(otherwise, cause)
+        self._fail(reason, cause)
 
-    def _fail(self, reason: str, cause: BaseException | None = None) -> None:
-        with self._lock:
-            if self.failure is None:
-                self.failure, self.failed_at = reason, time.monotonic()
-        self.shut_down()
-        raise EngineDeadError(f"{self.failure}; the engine is closed, make a new LLM") from cause
+    def _fail(self, reason: str, cause: BaseException | None = None) -> NoReturn:
+        self._note(reason, time.monotonic())
+        try:
+            self.raise_if_failed()
+        except EngineDeadError as error:
+            raise error from cause
+        raise AssertionError
 
     def _hear(self, rank: int, kind: str, value: Any) -> None:
         """Take in what a worker says; ``kind`` is "ended" where its socket was closed."""
+        now = time.monotonic()
         if kind == "error":
-            self._note(f"tensor-parallel rank {rank} failed:\n{value}")
+            self._note(f"tensor-parallel rank {rank} failed:\n{value}", now)
         elif kind == "ended":
-            self._note(f"tensor-parallel rank {rank} {_how(self.processes[rank - 1])}")
+            self._note(f"tensor-parallel rank {rank} {_how(self.processes[rank - 1])}", now)
         else:
             self._replies.put((rank, kind, value))
 
-    def _note(self, failure: str) -> None:
+    def _note(self, failure: str, when: float) -> None:
         with self._lock:
             if self.failure is None:
-                self.failure, self.failed_at = failure, time.monotonic()
+                self.failed_at, self.failure = when, failure
 
 
 def why_not(config: EngineConfig) -> str | None:
     """Why an engine cannot have several ranks here; None if it can."""
     if not torch.distributed.is_available():
         return "this build of torch has no process groups (torch.distributed)"
-    if not hasattr(socket, "socketpair") or os.name != "posix":
+    if os.name != "posix":
         return "it needs Linux or macOS"
-    if config.device.startswith("mps"):
-        return "there is one MPS device"
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
-        devices = torch.cuda.device_count()
-        if devices < config.tensor_parallel_size:
-            return f"there are {devices} CUDA devices (device='cpu' shares the processor)"
-    elif config.device.startswith("cuda"):
+    device = resolve_device(config.device)
+    if device.type == "mps":
+        return "there is one MPS device (device='cpu' shares the processor)"
+    if device.type != "cuda":
+        return None
+    if config.device.startswith("cuda:"):
         return f"device is {config.device!r}; use 'cuda', and CUDA_VISIBLE_DEVICES to choose devices"
+    devices = torch.cuda.device_count()
+    if devices < config.tensor_parallel_size:
+        return f"there are {devices} CUDA devices (device='cpu' shares the processor)"
     return None
-
-
-def on_rank(config: EngineConfig, rank: int) -> EngineConfig:
-    """``config`` with the device that a rank is to use."""
-    is_cuda = resolve_device(config.device).type == "cuda"
-    return replace(config, device=f"cuda:{rank}") if is_cuda else config
 
 
 def library_versions() -> dict[str, str]:
@@ -278,72 +265,35 @@ def library_versions() -> dict[str, str]:
     return {"nanovllm": __version__, "python": platform.python_version(), "torch": torch.__version__}
 
 
-class Group:
-    """A process group of our own, which torch.distributed knows nothing of: the program may have others.
-
-    It can be closed whoever still refers to it, be it the traceback of the error that ended the engine.
-
-    Args:
-        store: A file by which the ranks find each other; all of them wait here until they have.
-        memory: A file descriptor of memory that they share.
-        rank: This rank.
-        config: The engine's configuration.
-        check: Called now and then while waiting for others; may raise.
-    """
-
-    def __init__(
-        self, store: Path, memory: int, rank: int, config: EngineConfig, check: Callable[[], None] = lambda: None
-    ) -> None:
-        self._group: Any = _make_group(store, memory, rank, config, check)
-        self.allreduce, self.allgather, self.broadcast = (
-            self._group.allreduce,
-            self._group.allgather,
-            self._group.broadcast,
-        )
-
-    def close(self) -> None:
-        """Let go of the connections to the other ranks."""
-        for name in ("_group", "allreduce", "allgather", "broadcast"):
-            self.__dict__.pop(name, None)
-
-
-def _make_group(store: Path, memory: int, rank: int, config: EngineConfig, check: Callable[[], None]) -> Any:
-    size, timeout = config.tensor_parallel_size, config.tensor_parallel_timeout
-    is_cuda = resolve_device(config.device).type == "cuda"
-    if not is_cuda and why_not_shared_memory() is None:
-        return SharedMemoryGroup(memory, rank, size, timeout, check)
-    distributed: Any = torch.distributed
-    files = distributed.FileStore(str(store), size)
-    limit = timedelta(seconds=timeout)
-    if is_cuda:
-        options = distributed.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        return distributed.ProcessGroupNCCL(files, rank, size, options)
-    options = distributed.ProcessGroupGloo._Options()
-    options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # never on a network
-    options._timeout = limit
-    return distributed.ProcessGroupGloo(files, rank, size, options)
-
-
 def _timeval(seconds: float) -> bytes:
     """C's struct timeval."""
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
-class _Thread:
-    """One thread that calls functions, in order, and is not waited for when the program ends."""
+class StepThread:
+    """One thread that calls functions, in order, and that the end of the program does not wait for."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=_call_all, args=(self._calls,), daemon=True).start()
+        self._thread = threading.Thread(target=_call_all, args=(self._calls,), daemon=True)
+        self._thread.start()
+
+    @property
+    def ident(self) -> int | None:
+        """What ``threading.get_ident`` gives inside it."""
+        return self._thread.ident
 
     def submit(self, function: Callable[[], T]) -> "Future[T]":
+        """Call a function after those before it."""
         future: Future[T] = Future()
         self._calls.put((function, future))
         return future
 
-    def end(self) -> None:
+    def end(self, seconds: float) -> None:
+        """End after what was submitted so far; wait that long for it."""
         self._calls.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(seconds)
 
 
 def _call_all(calls: "queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]") -> None:
@@ -362,7 +312,7 @@ def _read(workers: "weakref.ref[Workers]", connections: list[Connection]) -> Non
     while ranks:
         try:
             ready = wait_for_any(list(ranks), timeout=1.0)
-        except OSError:  # closed by us
+        except (OSError, ValueError):  # closed by us
             return
         owner = workers()
         if owner is None:
@@ -389,26 +339,31 @@ def _how(process: "subprocess.Popen[bytes]") -> str:
 
 
 def _clean_up(
+    owner: int,
     processes: "list[subprocess.Popen[bytes]]",
     connections: list[Connection],
     directory: Path,
     memory: int,
-    thread: _Thread,
+    thread: StepThread,
 ) -> None:
-    """Tell the workers to end, and see to it that they do."""
-    thread.end()
-    for connection in connections:
-        with contextlib.suppress(OSError):
-            os.set_blocking(connection.fileno(), False)
-            connection.send_bytes(CLOSE)
+    """Tell the workers to end, by closing the sockets, and see to it that they do."""
+    if os.getpid() != owner:  # a fork of the process that they belong to
+        return
     deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    try:
+        for connection in connections:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as both:
+                both.shutdown(socket.SHUT_RDWR)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:  # also of whoever is too impatient for that
+        for process in processes:
             process.kill()
+        for process in processes:
             process.wait()
-    for connection in connections:
-        connection.close()
-    os.close(memory)
-    shutil.rmtree(directory, ignore_errors=True)
+        for connection in connections:
+            connection.close()
+        os.close(memory)
+        shutil.rmtree(directory, ignore_errors=True)
+        thread.end(max(0.0, deadline - time.monotonic()))

@@ -2,10 +2,10 @@
 
 A step of few rows, or of rows of very different length, would leave most of the GPU idle if a row were one piece of
 work. So a planning kernel, run once a step, cuts the contexts into items of about equal length: enough of them to fill
-the device, and no more, since rows of several items leave partial results that a second kernel has to combine (Dao et
-al., Flash-Decoding, 2023). The host knows nothing but the number of rows: it launches as many programs as that allows
-for, and they find their items on the device. That makes a step the same from the host's side whatever it computes, so
-CUDA graphs can capture it.
+the device, and no more, since rows of several items leave partial results that the last program to end has to combine
+(after Dao et al., Flash-Decoding, 2023). The host knows nothing but the number of rows: it launches as many programs as
+that allows for, and they find their items on the device. That makes a step the same from the host's side whatever it
+computes, so CUDA graphs can capture it.
 """
 
 from dataclasses import dataclass

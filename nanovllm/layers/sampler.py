@@ -170,8 +170,8 @@ class _Batch:
 
     def heaviest(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws of all rows by temperature alone: the weights over noise of their blocks, and the tokens."""
-        weight = (self.sums / self._noise(self.everything, self.sampler.block_words)).amax(dim=-1)
-        return weight, self._draw(self.everything, self.sums)
+        weight, block = (self.sums / self._noise(self.everything, self.sampler.block_words)).max(dim=-1)
+        return weight, self._draw_within(block, self.everything)
 
     def sample(self) -> torch.Tensor:
         """Draws for all rows; greedy ones get any token."""
@@ -268,6 +268,12 @@ class _Batch:
     ) -> torch.Tensor:
         """A block by the sums [rows, blocks], then a token of it; only of the tokens ahead of one, if it is given."""
         block = (sums / self._noise(index, self.sampler.block_words, attempt)).argmax(dim=-1)
+        return self._draw_within(block, index, attempt, ahead_of)
+
+    def _draw_within(
+        self, block: torch.Tensor, index: torch.Tensor, attempt: int = 0, ahead_of: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A token of each row's block."""
         logits = self.blocks[index, block]
         weights = self._weights(logits, index, self.peaks[index])
         if ahead_of is not None:

@@ -1,6 +1,7 @@
 """Python's garbage collector, and when it is in the way."""
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,18 @@ from contextlib import contextmanager
 _lock = threading.Lock()
 _pauses = 0
 _was_enabled = False
+
+
+def _start_afresh() -> None:
+    """In a forked process: threads that had paused it are not there."""
+    global _lock, _pauses
+    if _pauses and _was_enabled:
+        gc.enable()
+    _lock, _pauses = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh)
 
 
 @contextmanager

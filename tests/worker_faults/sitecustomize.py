@@ -1,8 +1,8 @@
 """Makes a tensor-parallel rank go wrong: a folder to put on the PYTHONPATH of the process that starts the ranks.
 
-NANOVLLM_TEST_FAULT holds "RANK WHERE WHAT": the rank; ``import``, or a method of ModelRunner, with a number for the
-call of it that is meant ("execute:3"); and ``raise``, ``kill``, ``hang``, ``stop`` (as Ctrl-Z does), ``halve`` (what
-it returns) or ``older`` (versions).
+NANOVLLM_TEST_FAULT holds "RANK WHERE WHAT": the rank, or ``any``; ``import``, or a method of ModelRunner, with a number
+for the call of it that is meant ("execute:3"); and ``raise``, ``kill``, ``hang``, ``stop`` (as Ctrl-Z does), ``halve``
+(what it returns), ``older`` (versions), ``gloo`` (instead of shared memory) or ``gloo+kill``.
 """
 
 import os
@@ -18,7 +18,7 @@ RANK, WHERE, WHAT = os.environ.get("NANOVLLM_TEST_FAULT", "- - -").split()
 def go_wrong() -> None:
     if WHAT == "raise":
         raise RuntimeError("made to fail")
-    if WHAT == "kill":
+    if WHAT.endswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     if WHAT == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -27,8 +27,9 @@ def go_wrong() -> None:
 
 
 def spoil(module) -> None:
-    if WHAT == "older":
+    if module.__name__ != "nanovllm.engine.model_runner":
         module.library_versions = lambda: {"torch": "0.1"}
+        module.why_not_shared_memory = lambda: "for a test"
         return
     if WHERE == "import":
         go_wrong()
@@ -48,7 +49,8 @@ def spoil(module) -> None:
 class Spoiler(MetaPathFinder, Loader):
     """Imports a module, and changes it."""
 
-    name = "nanovllm.engine.workers" if WHAT == "older" else "nanovllm.engine.model_runner"
+    def __init__(self, name):
+        self.name = name
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != self.name:
@@ -66,5 +68,10 @@ class Spoiler(MetaPathFinder, Loader):
         spoil(module)
 
 
-if "worker_process" in " ".join(sys.orig_argv) and sys.orig_argv[-1] == RANK:
-    sys.meta_path.insert(0, Spoiler())
+if "worker_process" in " ".join(sys.orig_argv) and RANK in ("any", sys.orig_argv[-1]):
+    if WHAT == "older":
+        sys.meta_path.insert(0, Spoiler("nanovllm.engine.workers"))
+    if WHAT.startswith("gloo"):
+        sys.meta_path.insert(0, Spoiler("nanovllm.engine.rank_group"))
+    if WHERE != "-":
+        sys.meta_path.insert(0, Spoiler("nanovllm.engine.model_runner"))

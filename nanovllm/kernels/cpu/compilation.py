@@ -89,6 +89,16 @@ class _Background:
 _background = _Background()
 
 
+def _start_afresh() -> None:
+    """In a forked process: the thread that was compiling is not there, and its locks are nobody's."""
+    global _background, _compiling
+    _background, _compiling = _Background(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh)
+
+
 def compile_kernel(function: Callable[[Any], None], reorders: bool) -> int:
     """Machine code of a function of one address, from the cache if it is there; returns the address of the code.
 
