@@ -614,7 +614,7 @@ def test_a_job_killed_twenty_times_answers_every_row_once(llm: LLM, files: Files
     for kill in range(20):
         process = start(files)
         if kill % 7 == 3:  # while it starts
-            time.sleep(draw.uniform(0, 3))
+            time.sleep(draw.uniform(0, 1))
         else:  # while it runs, and writes
             wait_for_lines(process, files, written.count(b"\n") + draw.randint(1, 6))
             time.sleep(draw.choice([0, draw.uniform(0, 0.03)]))
