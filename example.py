@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm import LLM, EngineDeadError, RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 
 PROMPTS = ["introduce yourself", "list all prime numbers within 100"]
@@ -23,7 +23,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", metavar="PATH", default=DEMO_MODEL_PATH, help="default: the demo checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share the model (this version: 1)")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="processes that share the model")
     add("--max-tokens", type=int, metavar="N", help="most tokens an answer has (default: 512; thinking 2048)")
     add("--temperature", type=float, metavar="T", help="0 is greedy (default: demo checkpoint 0, others 0.6)")
     add("--thinking", action=argparse.BooleanOptionalAction, default=False, help="think before the answer")
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         ask(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EngineDeadError) as error:
         print(f"example.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -57,11 +57,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output together")
     add("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")
     add("--quantization", choices=["int8"], help="weights in eight bits, on the CPU")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="processes that share the model (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="noise of requests without a seed of their own (default: 0)")
 
 
 def _model_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("model", "tokenizer", "device", "dtype", "quantization", "max_model_len", "max_num_seqs", "seed")
+    names = ["model", "tokenizer", "device", "dtype", "quantization", "tensor_parallel_size", "max_model_len"]
+    names += ["max_num_seqs", "seed"]
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
@@ -138,7 +140,10 @@ def _batch(args: argparse.Namespace) -> int:
     if args.model == DEMO_MODEL_PATH:
         print("without --model, the demo checkpoint has answered", file=sys.stderr)
     if done.num_cut_off:
-        print(f"{done.num_cut_off} answers were cut off (--max-tokens allows more)", file=sys.stderr)
+        print(
+            f"{done.num_cut_off} answers were cut off (--max-tokens, up to --max-model-len, allows more)",
+            file=sys.stderr,
+        )
     if done.first_error is not None:
         print(f"first error: {done.first_error} (--retry-errors runs error rows again)", file=sys.stderr)
     speed = done.output_tokens / done.seconds if done.seconds else 0.0

@@ -398,6 +398,8 @@ def _no_unknown(method: Callable[..., Any], gathered: Mapping[str, Any], known: 
     for name in gathered.keys() - known:
         parameters = inspect.signature(method).parameters.values()
         named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        if name in SamplingParams.__dataclass_fields__ and "sampling_params" in named:
+            raise TypeError(f"{method.__name__} has no argument {name!r}; it goes into SamplingParams({name}=...)")
         raise unknown_argument(method.__name__, name, [*named, *known])
 
 

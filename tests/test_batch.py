@@ -636,5 +636,5 @@ def test_what_was_cut_off_and_the_first_error_are_told(files: Files, capsys: pyt
     assert main(["batch", str(files.input), str(files.output), "--device", "cpu", "--no-progress"]) == 0
     said = capsys.readouterr().err
     assert "without --model, the demo checkpoint has answered" in said
-    assert "1 answers were cut off (--max-tokens allows more)" in said
+    assert "1 answers were cut off (--max-tokens, up to --max-model-len, allows more)" in said
     assert "first error: line " in said

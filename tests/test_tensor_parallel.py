@@ -198,7 +198,7 @@ class TestAnswers:
         with open_llm(checkpoint) as llm:
             with pytest.raises(SystemExit):
                 llm.generate([[3]], SamplingParams(logits_processors=[leave]), use_tqdm=False)
-            with pytest.raises(EngineDeadError, match="have been ended"):
+            with pytest.raises(EngineDeadError, match="a step was cut short by SystemExit"):
                 tokens_of(llm)
 
     def test_through_gloo(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,13 +366,68 @@ class TestEnds:
                 tokens_of(llm, prompts=prompts)
             assert time.monotonic() - started < 2 + SOON
 
+    def test_a_slow_processor_is_no_rank_that_hangs(self, checkpoint: Path) -> None:
+        def slow(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            time.sleep(1.5)
+            return logits
+
+        with open_llm(checkpoint, tensor_parallel_timeout=1) as llm:
+            params = SamplingParams(max_tokens=2, ignore_eos=True, logits_processors=[slow])
+            assert [len(tokens) for [tokens] in tokens_of(llm, params, [[3]])] == [2]
+
+    def test_an_interrupt_between_two_instructions_of_a_wait(self, checkpoint: Path) -> None:
+        """Wherever it comes while a step is waited for, the next call works."""
+        with open_llm(checkpoint) as llm:
+            expected = tokens_of(llm)
+            for wanted in range(1, 40, 3):
+                seen: list[None] = []
+
+                def interrupt(frame: Any, event: str, argument: Any, wanted: int = wanted, seen: Any = seen) -> None:
+                    if frame.f_code.co_filename.endswith("workers.py"):
+                        seen.append(None)
+                        if len(seen) == wanted:
+                            sys.setprofile(None)
+                            os.kill(os.getpid(), signal.SIGINT)
+
+                try:
+                    sys.setprofile(interrupt)
+                    tokens_of(llm)
+                except KeyboardInterrupt:
+                    pass
+                finally:
+                    sys.setprofile(None)
+                assert tokens_of(llm) == expected
+
+    @staticmethod
+    def close_slowly(llm: LLM) -> None:
+        llm.close()
+        time.sleep(5)  # should the interrupt come late
+
+    def test_closing_is_interrupted_and_done_again_in_another_thread(self, checkpoint: Path) -> None:
+        with nothing_left():
+            llm = open_llm(checkpoint)
+            runner = llm.engine.runner
+            runner.workers.processes[0].send_signal(signal.SIGSTOP)  # which takes closing a while
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                self.close_slowly(llm)
+            closer = threading.Thread(target=llm.close)
+            closer.start()
+            closer.join()
+            assert not hasattr(runner.runner, "model")
+
     def test_a_forked_process_leaves_the_engine_to_its_parent(self, checkpoint: Path) -> None:
         with open_llm(checkpoint) as llm:
             child = os.fork()
             if child == 0:
+                code = 1
+                try:
+                    tokens_of(llm)
+                except EngineDeadError as error:
+                    code = 0 if "forked" in str(error) else 2
                 llm.engine.runner.workers._finalizer()
-                os._exit(0)
-            os.waitpid(child, 0)
+                os._exit(code)
+            assert os.waitpid(child, 0)[1] == 0
             assert len(tokens_of(llm)) == len(PROMPTS)
 
     def test_the_end_of_an_idle_rank_is_heard_at_the_next_call(self, checkpoint: Path) -> None:
@@ -441,7 +496,10 @@ class TestEnds:
         path = write_checkpoint(tmp_path_factory.mktemp("broken"))
         file = path / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1000])
-        with nothing_left(), pytest.raises(Exception, match=r"model\.safetensors"):
+        with nothing_left(), pytest.raises(ValueError, match=r"model\.safetensors"):
+            open_llm(path)
+        file.unlink()
+        with nothing_left(), pytest.raises(FileNotFoundError, match=r"no \*\.safetensors file"):
             open_llm(path)
 
 
@@ -496,6 +554,43 @@ class TestPrograms:
         if how == signal.SIGINT:
             assert errors.count("Traceback (most recent call last)") == 1
             assert errors.rstrip().endswith("KeyboardInterrupt")
+
+    @pytest.mark.parametrize("closed", [(0,), (2,), (0, 1, 2)])
+    def test_standard_files_that_are_closed(self, tmp_path: Path, checkpoint: Path, closed: tuple[int, ...]) -> None:
+        text = f"""
+            import os
+            params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+            found = []
+            for _ in range(2):
+                found.append(llm.generate([[3, 4]], params, use_tqdm=False)[0]["token_ids"])
+                for number in (1, 2):
+                    try:
+                        os.write(number, b"what others write there " * 9)
+                    except OSError:
+                        pass
+            open({str(tmp_path / "out")!r}, "w").write("same" if found[0] == found[1] else "different")
+        """
+        path = self.script(tmp_path, checkpoint, text)
+        redirections = " ".join(f"{number}>&-" if number else "<&-" for number in closed)
+        subprocess.run(
+            f"{sys.executable} {path} {redirections}", shell=True, timeout=60, check=True, capture_output=True
+        )
+        assert (tmp_path / "out").read_text() == "same"
+
+    @pytest.mark.parametrize("moment", [0.0, 0.3, 1.0])
+    def test_killed_while_it_starts(self, tmp_path: Path, checkpoint: Path, moment: float) -> None:
+        path = self.script(tmp_path, checkpoint, "")
+        environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+        (tmp_path / "temporary").mkdir()
+        process = subprocess.Popen([sys.executable, str(path)], env=environment)
+        while not list((tmp_path / "temporary").glob("nanovllm-*")) and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moment)
+        ranks = psutil.Process(process.pid).children() if process.poll() is None else []
+        process.kill()
+        process.wait()
+        assert not psutil.wait_procs(ranks, timeout=SOON)[1]
+        assert not ranks or not list((tmp_path / "temporary").glob("nanovllm-*"))
 
     def test_ctrl_c_leaves_an_engine_that_works(self, tmp_path: Path, checkpoint: Path) -> None:
         text = """

@@ -370,7 +370,7 @@ class LLMEngine:
         """Whether this thread is in the middle of changing what the engine holds."""
         # Asked of the lock, which is released whatever happens; a flag of our own might stay set after an interrupt.
         owned = self._lock._is_owned()  # type: ignore[attr-defined]
-        return owned or threading.get_ident() == self.runner.thread_id
+        return owned or self.runner.is_step_thread()
 
     def _requests_of(self, owner: Owner) -> list[str]:
         return [request.request_id for request in self._requests.values() if request.owner is owner]

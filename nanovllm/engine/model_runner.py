@@ -61,8 +61,6 @@ class ModelRunner:
         ValueError: The device, dtype, architecture or backend cannot be had, or memory is too small.
     """
 
-    thread_id: int | None = None  # of the thread that steps run in, where that is not the caller's
-
     def __init__(
         self,
         config: EngineConfig,
@@ -216,6 +214,10 @@ class ModelRunner:
             self.graphs.capture_seconds,
             self.graph_bytes / 2**20,
         )
+
+    def is_step_thread(self) -> bool:
+        """Whether steps run in a thread of their own, and the caller is in it."""
+        return False
 
     def execute(self, plan: StepPlan) -> StepHandle:
         """Apply a plan's changes, run its rows, and sample. Returns without waiting for the device.

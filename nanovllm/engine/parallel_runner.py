@@ -34,10 +34,9 @@ class ParallelRunner:
             raise
         self._encoder = PlanEncoder()
 
-    @property
-    def thread_id(self) -> int | None:
-        """Of the thread that steps run in, and what users have called within them."""
-        return self.workers.thread.ident
+    def is_step_thread(self) -> bool:
+        """Whether the caller is in the thread that steps run in, and what users have called within them."""
+        return self.workers.thread.is_current()
 
     def execute(self, plan: StepPlan) -> "StepHandle | WatchedHandle":
         """As the runner's, on all ranks."""
@@ -51,8 +50,10 @@ class ParallelRunner:
 
     def close(self) -> None:
         """End the workers and free this rank's share."""
-        self.workers.shut_down()
-        self.runner.close()
+        try:
+            self.workers.shut_down()
+        finally:
+            self.runner.close()
 
     def __getattr__(self, name: str) -> Any:
         if name == "runner":  # there is none yet

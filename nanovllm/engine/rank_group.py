@@ -1,5 +1,6 @@
 """How the ranks of an engine sum and exchange: through shared memory, gloo or NCCL, by torch's interface."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,8 @@ def _make_group(store: Path, memory: int, rank: int, config: EngineConfig, check
     size, timeout = config.tensor_parallel_size, config.tensor_parallel_timeout
     is_cuda = resolve_device(config.device).type == "cuda"
     if not is_cuda and why_not_shared_memory() is None:
-        return SharedMemoryGroup(memory, rank, size, timeout, check)
+        # Rank 0 judges: what it does itself, such as calling a request's functions, may take as long as it likes.
+        return SharedMemoryGroup(memory, rank, size, timeout if rank == 0 else math.inf, check)
     distributed: Any = torch.distributed
     files = distributed.FileStore(str(store), size)
     limit = timedelta(seconds=timeout)

@@ -1,5 +1,6 @@
 """What a tensor-parallel rank other than 0 does, from its start to its end; see ``workers.py``."""
 
+import contextlib
 import logging
 import os
 import pickle
@@ -13,25 +14,32 @@ from pathlib import Path
 from typing import Any
 
 
-def main(fd: int, memory: int, rank: int) -> None:
-    """Serve rank 0, which holds the other end of the socket ``fd``, until it says that it is over or is gone.
+def main(parent: int, directory: str, fd: int, memory: int, rank: int) -> None:
+    """Serve rank 0 until it says that it is over or is gone.
 
-    ``memory`` is a file descriptor of memory that all ranks share.
+    Args:
+        parent: The process that rank 0 is in.
+        directory: What to remove should it be gone.
+        fd: A socket at whose other end it is.
+        memory: A file descriptor of memory that all ranks share.
+        rank: This rank.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which then ends us or goes on
-    parent = os.getppid()
-    connection = Connection(fd)
+    threading.Thread(target=_end_with, args=(parent, directory), daemon=True).start()
+    connection, code = Connection(fd), 0
     try:
-        _serve(connection, memory, rank, parent)
+        _serve(connection, Path(directory), memory, rank)
     except BaseException:
-        _say(connection, "error", traceback.format_exc())
-        os._exit(1)
-    os._exit(0)  # other threads, such as those of a process group whose peers are gone, are not waited for
+        code = 1
+        with contextlib.suppress(OSError):  # rank 0 is gone
+            _say(connection, "error", traceback.format_exc())
+    if os.getppid() != parent:
+        shutil.rmtree(directory, ignore_errors=True)
+    os._exit(code)  # other threads, such as those of a process group whose peers are gone, are not waited for
 
 
-def _serve(connection: Connection, memory: int, rank: int, parent: int) -> None:
-    config, max_model_len, store, expected_versions = pickle.loads(connection.recv_bytes())
-    threading.Thread(target=_end_with, args=(parent, Path(store).parent), daemon=True).start()
+def _serve(connection: Connection, directory: Path, memory: int, rank: int) -> None:
+    config, max_model_len, expected_versions = pickle.loads(connection.recv_bytes())
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.engine.plan_codec import PlanDecoder
     from nanovllm.engine.rank_group import RankGroup, on_rank
@@ -45,7 +53,7 @@ def _serve(connection: Connection, memory: int, rank: int, parent: int) -> None:
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # rank 0 says what there is to say
     _say(connection, "hello", rank)
     size = config.tensor_parallel_size
-    parallel = ParallelGroup(rank, size, RankGroup(Path(store), memory, rank, config))
+    parallel = ParallelGroup(rank, size, RankGroup(directory / "store", memory, rank, config))
 
     def agree(number: int) -> int:
         _say(connection, "number", number)
@@ -64,14 +72,11 @@ def _serve(connection: Connection, memory: int, rank: int, parent: int) -> None:
 
 
 def _say(connection: Connection, kind: str, value: Any) -> None:
-    try:
-        connection.send_bytes(pickle.dumps((kind, value)))
-    except OSError:  # rank 0 is gone
-        os._exit(1)
+    connection.send_bytes(pickle.dumps((kind, value)))
 
 
-def _end_with(parent: int, directory: Path) -> None:
-    """End this process, whatever it does, as soon as the one that started it is gone, and what that has left behind."""
+def _end_with(parent: int, directory: str) -> None:
+    """End this process, whatever it does, as soon as its parent is gone, and remove what that has left behind."""
     while os.getppid() == parent:
         time.sleep(0.5)
     shutil.rmtree(directory, ignore_errors=True)

@@ -22,12 +22,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for_futures
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
@@ -36,28 +34,28 @@ from nanovllm.engine.placement import resolve_device
 from nanovllm.engine.rank_group import RankGroup
 from nanovllm.errors import EngineDeadError
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.utils.shared_group import new_memory
+from nanovllm.utils.shared_group import above_standard_files, new_memory
 from nanovllm.version import __version__
 
 T = TypeVar("T")
 
 START_SECONDS = 600.0  # until a worker has loaded its share
 GRACE_SECONDS = 2.0  # for a worker to end by itself, or for one that rank 0 misses to be heard of
-LATEST_SECONDS = 3.0  # after a worker's end: by then rank 0 has noticed as well, or is not waited for
+LATEST_SECONDS = 2.0  # after a worker's end: by then rank 0 has noticed as well, or is not waited for
 POLL_SECONDS = 0.2
 
 # What a worker is started with, after its path has been set. The caller's main module plays no part in it, so that it
 # needs no guard.
 _BOOTSTRAP = """
-fd, memory, rank = map(int, sys.argv[1:])
+parent, directory, fd, memory, rank = sys.argv[1:]
 try:
     from nanovllm.engine.worker_process import main
 except BaseException:
     import pickle, traceback
     from multiprocessing.connection import Connection
-    Connection(fd).send_bytes(pickle.dumps(("error", traceback.format_exc())))
+    Connection(int(fd)).send_bytes(pickle.dumps(("error", traceback.format_exc())))
     sys.exit(1)
-main(fd, memory, rank)
+main(int(parent), directory, int(fd), int(memory), int(rank))
 """
 
 
@@ -79,17 +77,20 @@ class Workers:
         self.config, self.size = config, config.tensor_parallel_size
         self.failure: str | None = None
         self.failed_at = 0.0
+        self._owner = os.getpid()
+        self._is_up = False
         self._group: RankGroup | None = None
         self._lock = threading.Lock()
-        self._replies: queue.Queue[tuple[int, str, Any]] = queue.Queue()
+        # Of each on its own: some are ahead of others.
+        self._replies: list[queue.Queue[tuple[str, Any]]] = [queue.Queue() for _ in range(1, self.size)]
         self.directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # nobody else's to read
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
         self.thread = StepThread()
         self._memory = new_memory(self.size)
         belongings = (self.processes, self.connections, self.directory, self._memory, self.thread)
-        self._finalizer = weakref.finalize(self, _clean_up, os.getpid(), *belongings)
-        first = pickle.dumps((config, max_model_len, str(self.directory / "store"), library_versions()))
+        self._finalizer = weakref.finalize(self, _clean_up, self._owner, *belongings)
+        first = pickle.dumps((config, max_model_len, library_versions()))
         try:
             for rank in range(1, self.size):
                 self._start(rank, first)
@@ -99,15 +100,16 @@ class Workers:
         threading.Thread(target=_read, args=(weakref.ref(self), list(self.connections)), daemon=True).start()
 
     def _start(self, rank: int, first: bytes) -> None:
-        ours, theirs = socket.socketpair()
+        ours, theirs = (socket.socket(fileno=above_standard_files(end.detach())) for end in socket.socketpair())
         # A rank that hangs takes no messages either.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.config.tensor_parallel_timeout))
         path = [entry for entry in sys.path if isinstance(entry, str)]
         with theirs:
             fd = theirs.fileno()
             code = f"import sys; sys.path[:] = {path!r}{_BOOTSTRAP}"
+            given = (os.getpid(), self.directory, fd, self._memory, rank)
             process = subprocess.Popen(
-                [sys.executable, "-c", code, str(fd), str(self._memory), str(rank)],
+                [sys.executable, "-c", code, *map(str, given)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[fd, self._memory],
                 start_new_session=True,  # Ctrl-C in the terminal is for rank 0 to hear
@@ -144,23 +146,25 @@ class Workers:
     def wait_until_ready(self) -> None:
         """Wait until all have loaded, and done all that they do before the first step."""
         self.collect("ready")
+        self._is_up = True
         shutil.rmtree(self.directory, ignore_errors=True)  # by now the ranks have met
 
     def collect(self, kind: str) -> list[Any]:
-        """Every worker's message of a kind, the next it sends, in the order of the ranks."""
-        found: dict[int, Any] = {}
+        """The next message of every worker, which is of this kind, in the order of the ranks."""
         deadline = time.monotonic() + START_SECONDS
-        while len(found) < self.size - 1:
+        return [self._next(rank, kind, deadline) for rank in range(1, self.size)]
+
+    def _next(self, rank: int, kind: str, deadline: float) -> Any:
+        while True:
             self.raise_if_failed()
             try:
-                rank, got, value = self._replies.get(timeout=0.05)
+                got, value = self._replies[rank - 1].get(timeout=0.05)
             except queue.Empty:
                 if time.monotonic() > deadline:
-                    self._fail(f"not all ranks had said {kind!r} after {START_SECONDS:.0f} s")
+                    self._fail(f"tensor-parallel rank {rank} had not said {kind!r} after {START_SECONDS:.0f} s")
                 continue
-            if got == kind:
-                found[rank] = value
-        return [found[rank] for rank in range(1, self.size)]
+            assert got == kind, f"rank {rank} says {got!r} instead of {kind!r}"
+            return value
 
     def send(self, message: bytes) -> None:
         """Give all workers a message."""
@@ -178,26 +182,31 @@ class Workers:
         """
         try:
             self.raise_if_failed()
-            future = self.thread.submit(function)
-            while not future.done():
-                wait_for_futures([future], timeout=POLL_SECONDS)
+            call = self.thread.submit(function)
+            while not call.wait(POLL_SECONDS):
                 if self.failure is not None and time.monotonic() - self.failed_at > LATEST_SECONDS:
                     self.raise_if_failed()
-            error = future.exception()
+            error = call.error
             if error is None:
-                return future.result()
-            if isinstance(error, Exception) and not isinstance(error, (EngineDeadError, ValueError)):
+                return call.result
+            # What this rank cannot read or serve, none can: that is for the caller, and no failure of a rank.
+            is_plain = isinstance(error, (ValueError, OSError)) and not isinstance(error, TimeoutError)
+            if isinstance(error, Exception) and not is_plain and not isinstance(error, EngineDeadError):
                 self._fail_later(f"rank 0 failed: {type(error).__name__}: {error}", error)
-            self.shut_down()  # the ranks are no longer in step
+            self._note(f"a step was cut short by {type(error).__name__}", time.monotonic())  # no longer in step
+            self.shut_down()
             raise error
         except EngineDeadError:
             self.shut_down()
             raise
 
     def raise_if_failed(self) -> None:
-        """Raise EngineDeadError if a rank has ended."""
+        """Raise EngineDeadError if a rank has ended, or this is not the process that they serve."""
+        if os.getpid() != self._owner:
+            raise EngineDeadError("the engine belongs to the process that this one was forked from; make an LLM here")
         if self.failure is not None:
-            raise EngineDeadError(f"{self.failure} (close this LLM, and make a new one)")
+            remedy = " (close this LLM, and make a new one)" if self._is_up else ""
+            raise EngineDeadError(self.failure + remedy)
 
     def shut_down(self) -> None:
         """End all workers, however they are, and leave nothing behind. May be called any number of times."""
@@ -233,7 +242,7 @@ class Workers:
         elif kind == "ended":
             self._note(f"tensor-parallel rank {rank} {_how(self.processes[rank - 1])}", now)
         else:
-            self._replies.put((rank, kind, value))
+            self._replies[rank - 1].put((kind, value))
 
     def _note(self, failure: str, when: float) -> None:
         with self._lock:
@@ -270,40 +279,59 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
+class Call(Generic[T]):
+    """A call that a :class:`StepThread` makes. (A Future has locks that an interrupted waiter may keep.)"""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.function = function
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._is_going_on = threading.Lock()
+        self._is_going_on.acquire()
+
+    def make(self) -> None:
+        """Make it."""
+        try:
+            self.result = self.function()
+        except BaseException as error:
+            self.error = error
+        del self.function  # it may hold the model
+        self._is_going_on.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is over, after that time at the latest. For one thread."""
+        return self._is_going_on.acquire(timeout=seconds)
+
+
 class StepThread:
-    """One thread that calls functions, in order, and that the end of the program does not wait for."""
+    """One thread that makes calls, in order, and that the end of the program does not wait for."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Call[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_call_all, args=(self._calls,), daemon=True)
         self._thread.start()
 
-    @property
-    def ident(self) -> int | None:
-        """What ``threading.get_ident`` gives inside it."""
-        return self._thread.ident
+    def is_current(self) -> bool:
+        """Whether the caller is in it."""
+        return threading.current_thread() is self._thread
 
-    def submit(self, function: Callable[[], T]) -> "Future[T]":
+    def submit(self, function: Callable[[], T]) -> Call[T]:
         """Call a function after those before it."""
-        future: Future[T] = Future()
-        self._calls.put((function, future))
-        return future
+        call = Call(function)
+        self._calls.put(call)
+        return call
 
     def end(self, seconds: float) -> None:
         """End after what was submitted so far; wait that long for it."""
         self._calls.put(None)
-        if self._thread is not threading.current_thread():
+        if not self.is_current():
             self._thread.join(seconds)
 
 
-def _call_all(calls: "queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]") -> None:
+def _call_all(calls: "queue.SimpleQueue[Call[Any] | None]") -> None:
     while (call := calls.get()) is not None:
-        function, future = call
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-        del call, function, future  # they may hold the model
+        call.make()
+        del call
 
 
 def _read(workers: "weakref.ref[Workers]", connections: list[Connection]) -> None:
@@ -366,4 +394,4 @@ def _clean_up(
             connection.close()
         os.close(memory)
         shutil.rmtree(directory, ignore_errors=True)
-        thread.end(max(0.0, deadline - time.monotonic()))
+        thread.end(0.5)

@@ -30,12 +30,23 @@ def why_not_shared_memory() -> str | None:
 def new_memory(size: int) -> int:
     """A file descriptor of memory for ``size`` ranks; it has no name, so nothing is left of it."""
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("nanovllm")
+        fd = above_standard_files(os.memfd_create("nanovllm"))
     else:
         with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
+            fd = above_standard_files(os.dup(file.fileno()))
     os.ftruncate(fd, _num_bytes(size))
     return fd
+
+
+def above_standard_files(fd: int) -> int:
+    """The same file with a number of its own: where a program has closed its standard error, others write to 2."""
+    if fd > 2:
+        return fd
+    import fcntl
+
+    number = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return number
 
 
 def _num_bytes(size: int) -> int:
@@ -49,7 +60,7 @@ class SharedMemoryGroup:
         fd: Of the memory; may be closed afterwards.
         rank: This rank.
         size: Number of ranks.
-        timeout: Seconds to wait for another rank.
+        timeout: Seconds to wait for another rank; infinity for a rank that leaves it to others to tell who hangs.
         check: Called now and then while waiting; may raise.
     """
 
