@@ -277,7 +277,7 @@ class TestEngine:
         for name in threads.VARIABLES:
             monkeypatch.delenv(name, raising=False)
         limits = {"root": root, "environ": {}}
-        monkeypatch.setattr("nanovllm.engine.model_runner.ThreadLimit", lambda: ThreadLimit(**limits))
+        monkeypatch.setattr("nanovllm.engine.model_runner.ThreadLimit", lambda ranks=1: ThreadLimit(ranks, **limits))
         return LLM(checkpoint, device="cpu", skip_tokenizer_init=True, num_kvcache_blocks=16)
 
     def test_steps_run_on_the_best_number_and_the_program_keeps_its_own(

@@ -134,10 +134,10 @@ class ModelRunner:
         # A resident holds at least one block, so more slots than blocks would never be filled.
         self.num_slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
         self._check_tables()
-        self.sampler = Sampler(model_config.vocab_size, self.device)  # before the weights: its kernels, too, take time
         started = time.perf_counter()
         try:
             self.model = model_class(model_config, self.max_model_len, parallel, self.dtype, self.device)
+            self.sampler = Sampler(model_config.vocab_size, self.device)  # now: its kernels, too, take time to compile
             load_weights(self.model, model_config.path, self.model.resolve_weight)
         except RuntimeError as error:
             if not is_out_of_memory(error):
