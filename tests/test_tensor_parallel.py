@@ -37,7 +37,7 @@ PREFIX = [7 + n % 50 for n in range(33)]
 PROMPTS = [[3], PREFIX, [*PREFIX, 9], [11, 12, 13] * 5, [5 + n % 90 for n in range(40)], [3]]
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 SOON = 5.0  # seconds in which the end of a rank must be heard
-KILLS = int(os.environ.get("NANOVLLM_TEST_KILLS", "4"))  # of ranks at random moments
+KILLS = int(os.environ.get("NANOVLLM_TEST_KILLS", "3"))  # of ranks at random moments
 
 
 def open_llm(checkpoint: Path, size: int = 2, **options: Any) -> LLM:
@@ -326,7 +326,7 @@ class TestEnds:
             del llm
 
     @pytest.mark.parametrize("what", ["raise", "kill"])
-    @pytest.mark.parametrize("where", ["import", "_load", "_size_kv_cache", "_allocate", "execute:1", "execute:4"])
+    @pytest.mark.parametrize("where", ["import", "_load", "_size_kv_cache", "execute:1", "execute:4"])
     def test_a_rank_that_fails(self, checkpoint: Path, where: str, what: str) -> None:
         with nothing_left(), fault(1, where, what):
             with pytest.raises(EngineDeadError) as caught, open_llm(checkpoint) as llm:
@@ -379,7 +379,7 @@ class TestEnds:
         """Wherever it comes while a step is waited for, the next call works."""
         with open_llm(checkpoint) as llm:
             expected = tokens_of(llm)
-            for wanted in range(1, 40, 3):
+            for wanted in range(1, 40, 6):
                 seen: list[None] = []
 
                 def interrupt(frame: Any, event: str, argument: Any, wanted: int = wanted, seen: Any = seen) -> None:

@@ -474,7 +474,6 @@ def compile_cases() -> list[dict[str, Any]]:
     for dtype, kv_heads, group, head_dim, block_size in (
         ("bf16", 8, 2, 128, 16),
         ("bf16", 8, 2, 128, 32),
-        ("bf16", 8, 2, 128, 64),
         ("bf16", 8, 8, 80, 256),
         ("bf16", 1, 71, 64, 32),
         ("bf16", 4, 1, 256, 32),
