@@ -67,7 +67,7 @@ class ModelRunner:
         model_config: ModelConfig,
         max_model_len: int,
         parallel: ParallelGroup = ParallelGroup(),  # noqa: B008  # it is frozen
-        agree: Callable[[int], int] = int,
+        agree: Callable[[int], int] = lambda number: number,
     ) -> None:
         self.parallel, self._agree = parallel, agree
         self.config = config

@@ -13,6 +13,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.plan_codec import PlanDecoder
+from nanovllm.engine.rank_group import RankGroup, on_rank
+from nanovllm.engine.workers import library_versions
+from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.utils.model_config import load_model_config
+
 
 def main(parent: int, directory: str, fd: int, memory: int, rank: int) -> None:
     """Serve rank 0 until it says that it is over or is gone.
@@ -40,13 +47,6 @@ def main(parent: int, directory: str, fd: int, memory: int, rank: int) -> None:
 
 def _serve(connection: Connection, directory: Path, memory: int, rank: int) -> None:
     config, max_model_len, expected_versions = pickle.loads(connection.recv_bytes())
-    from nanovllm.engine.model_runner import ModelRunner
-    from nanovllm.engine.plan_codec import PlanDecoder
-    from nanovllm.engine.rank_group import RankGroup, on_rank
-    from nanovllm.engine.workers import library_versions
-    from nanovllm.layers.parallel import ParallelGroup
-    from nanovllm.utils.model_config import load_model_config
-
     own_versions = library_versions()
     if own_versions != expected_versions:
         raise RuntimeError(f"this rank runs {own_versions}, rank 0 {expected_versions}: they must be the same")

@@ -205,8 +205,7 @@ class Workers:
         if os.getpid() != self._owner:
             raise EngineDeadError("the engine belongs to the process that this one was forked from; make an LLM here")
         if self.failure is not None:
-            remedy = " (close this LLM, and make a new one)" if self._is_up else ""
-            raise EngineDeadError(self.failure + remedy)
+            raise self._error()
 
     def shut_down(self) -> None:
         """End all workers, however they are, and leave nothing behind. May be called any number of times."""
@@ -228,11 +227,10 @@ class Workers:
 
     def _fail(self, reason: str, cause: BaseException | None = None) -> NoReturn:
         self._note(reason, time.monotonic())
-        try:
-            self.raise_if_failed()
-        except EngineDeadError as error:
-            raise error from cause
-        raise AssertionError
+        raise self._error() from cause
+
+    def _error(self) -> EngineDeadError:
+        return EngineDeadError(f"{self.failure}{' (close this LLM, and make a new one)' if self._is_up else ''}")
 
     def _hear(self, rank: int, kind: str, value: Any) -> None:
         """Take in what a worker says; ``kind`` is "ended" where its socket was closed."""

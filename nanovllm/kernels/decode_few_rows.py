@@ -14,14 +14,9 @@ import triton.language as tl
 
 from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
 from nanovllm.kernels.paged_decode import (
-    _END,
-    _FIRST,
     _LOG2_E,
-    _PARTS,
-    _SLOT,
-    _START,
-    _TOKEN,
     DecodeWork,
+    load_item,
     multiprocessors,
     paged_decode_reference,
 )
@@ -40,19 +35,6 @@ PROGRAMS_PER_SM = 2
 
 # Scores of what is not there: finite, so that their differences are numbers.
 _LOWEST = tl.constexpr(-1e30)
-
-
-@triton.jit
-def _load_item(items, capacity, item, num_items):
-    """What ``DecodeWork.items`` says of an item; nothing of use if it is not one of the first ``num_items``."""
-    inside = item < num_items
-    token = tl.load(items + _TOKEN * capacity + item, mask=inside, other=0).to(tl.int64)
-    slot = tl.load(items + _SLOT * capacity + item, mask=inside, other=0).to(tl.int64)
-    start = tl.load(items + _START * capacity + item, mask=inside, other=0)
-    end = tl.load(items + _END * capacity + item, mask=inside, other=0)
-    first_item = tl.load(items + _FIRST * capacity + item, mask=inside, other=0).to(tl.int64)
-    parts = tl.load(items + _PARTS * capacity + item, mask=inside, other=0)
-    return token, slot, start, end, first_item, parts
 
 
 # Lines are loaded and stored as [lines * wide, dim], which threads share like a tile of keys, [tokens, dim]: what is
@@ -203,7 +185,7 @@ def _decode_few_rows_kernel(
     index = tl.program_id(0)
     num_items = tl.load(first_items + rows)
     # The first item is asked for before it is known to be one: the one load need not wait for the other.
-    token, slot, start, end, first_item, parts = _load_item(items, capacity, index // (KV_HEADS * SPLIT), capacity)
+    token, slot, start, end, first_item, parts = load_item(items, capacity, index // (KV_HEADS * SPLIT), capacity)
     while index < num_items * (KV_HEADS * SPLIT):
         item = index // (KV_HEADS * SPLIT)
         kv_head = index // SPLIT % KV_HEADS
@@ -288,7 +270,7 @@ def _decode_few_rows_kernel(
                 )
                 _store_lines(target_lines, combined[:, None, :].to(dtype), count, WIDE, HEAD_DIM)
         index += tl.num_programs(0)
-        token, slot, start, end, first_item, parts = _load_item(items, capacity, index // (KV_HEADS * SPLIT), num_items)
+        token, slot, start, end, first_item, parts = load_item(items, capacity, index // (KV_HEADS * SPLIT), num_items)
 
 
 def decode_few_rows(

@@ -23,12 +23,12 @@ from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_st
 TILE = 32
 # The same of float32, which tensor cores do not multiply exactly: products of larger tiles exceed the registers.
 EXACT_TILE = 16
-# Programs that a multiprocessor runs at a time: as many as fit its shared memory. Little work is cut into items for so
-# many, which then all run at once.
+# Programs of a multiprocessor that little work is cut into items for, which then all run at once. (Four fit; an H200
+# was no faster with items for as many.)
 RESIDENT = 2
 # Tokens of an item where there is more work: so many that its start, some loads that wait for each other, and its end,
 # where partial results are combined, are a small part of its time; and so few that the last items end at about the same
-# time. Of 256 contexts of 600 on average, an H200 reads 2.7 TB/s in items of 256, 3.9 TB/s in items of 1024.
+# time. Of 256 contexts of 600 on average, in blocks of 16, an H200 reads 2.8 TB/s in items of 256, 3.8 in such of 1024.
 CHUNK = 1024
 # Fewest tokens of an item.
 MIN_CHUNK = 64
@@ -114,6 +114,19 @@ def _plan_kernel(
 
 
 @triton.jit
+def load_item(items, capacity, item, num_items):
+    """What ``DecodeWork.items`` says of an item; nothing of use if it is not one of the first ``num_items``."""
+    inside = item < num_items
+    token = tl.load(items + _TOKEN * capacity + item, mask=inside, other=0).to(tl.int64)
+    slot = tl.load(items + _SLOT * capacity + item, mask=inside, other=0).to(tl.int64)
+    start = tl.load(items + _START * capacity + item, mask=inside, other=0)
+    end = tl.load(items + _END * capacity + item, mask=inside, other=0)
+    first_item = tl.load(items + _FIRST * capacity + item, mask=inside, other=0).to(tl.int64)
+    parts = tl.load(items + _PARTS * capacity + item, mask=inside, other=0)
+    return token, slot, start, end, first_item, parts
+
+
+@triton.jit
 def combine(
     partial_out,
     partial_lse,
@@ -182,8 +195,8 @@ def _decode_kernel(
 ):
     let_next_kernel_start(OVERLAPS)
     wait_for_previous_kernel(OVERLAPS)
-    # Everything is transposed, [tokens, queries]: tokens fill the 64 rows of a product, the few queries of a group
-    # would leave most of them empty.
+    # Everything is transposed, [tokens, queries]: tokens fill the rows of a product, the few queries of a group would
+    # leave most of them empty.
     dim = tl.arange(0, PADDED_DIM)
     lane = tl.arange(0, TILE)
     number = tl.arange(0, PADDED_GROUP)
@@ -196,12 +209,7 @@ def _decode_kernel(
     for index in range(tl.program_id(0), num_items * KV_HEADS, tl.num_programs(0)):
         item = index // KV_HEADS
         kv_head = index % KV_HEADS
-        token = tl.load(items + _TOKEN * capacity + item).to(tl.int64)
-        slot = tl.load(items + _SLOT * capacity + item).to(tl.int64)
-        start = tl.load(items + _START * capacity + item)
-        end = tl.load(items + _END * capacity + item)
-        first_item = tl.load(items + _FIRST * capacity + item).to(tl.int64)
-        parts = tl.load(items + _PARTS * capacity + item)
+        token, slot, start, end, first_item, parts = load_item(items, capacity, item, num_items)
         head = kv_head * GROUP + number
         inside = head[None, :] * HEAD_DIM + dim[:, None]
         query = tl.load(q + token * Q_STRIDE + inside, mask=real, other=0.0)  # [dim, queries]

@@ -79,17 +79,18 @@ class Sampler(nn.Module):
         vocab_size: Token ids.
         device: Where the logits are.
         use_kernels: Of batches and rows that there are kernels for; otherwise torch's operators do everything.
+        first_block: The logits are of ids from that block's first on.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, use_kernels: bool = True) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, use_kernels: bool = True, first_block: int = 0) -> None:
         super().__init__()
         self.sample_kernel = kernels.load("sample", device) if use_kernels else None
         self.nucleus_kernel = kernels.load("nucleus", device) if use_kernels else None
         self.block_sums_kernel = kernels.load("block_sums", device, torch.float32) if use_kernels else None
-        num_blocks = -(-vocab_size // BLOCK)
+        end = first_block - (-vocab_size // BLOCK)
         self.vocab_size = vocab_size
-        self.block_words = block_words(num_blocks, device)
-        self.token_words = token_words(num_blocks * BLOCK, device).view(num_blocks, BLOCK)
+        self.block_words = block_words(end, device)[first_block:]
+        self.token_words = token_words(end * BLOCK, device).view(end, BLOCK)[first_block:]
 
     def forward(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         """Logits to token ids.
@@ -126,13 +127,10 @@ class ShardedSampler(Sampler):
     """
 
     def __init__(self, num_columns: int, device: torch.device, parallel: ParallelGroup) -> None:
-        super().__init__(num_columns, device)
+        self.first_id = parallel.rank * num_columns
+        super().__init__(num_columns, device, first_block=self.first_id // BLOCK)
         self.sample_kernel = None
         self.parallel = parallel
-        self.first_id = parallel.rank * num_columns
-        mine = slice(self.first_id // BLOCK, (self.first_id + num_columns) // BLOCK)
-        self.block_words = block_words(mine.stop, device)[mine].contiguous()
-        self.token_words = token_words(mine.stop * BLOCK, device).view(-1, BLOCK)[mine].contiguous()
 
     def forward(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         """This rank's logits [rows, num_columns], any float dtype up to float32, to token ids as :class:`Sampler`'s."""
