@@ -21,7 +21,7 @@ from nanovllm.engine.batch_state import BatchState, SampleInput, SamplePlaces
 from nanovllm.engine.cuda_graphs import batch_sizes
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.temperature import Linear
-from tests import late_runner
+from tests import kinds, late_runner
 from tests.checkpoints import reference_greedy
 from tests.late_runner import make_late
 from tests.threads import one_thread  # noqa: F401
@@ -64,7 +64,7 @@ def open_captured(checkpoint: Path, capture: cuda_graphs.Capture = call_again, *
 
 
 def tokens_of(llm: LLM, params: Any, prompts: list[list[int]] = PROMPTS) -> list[list[list[int]]]:
-    return [[c.token_ids for c in output.outputs] for output in llm.generate(prompts, params, use_tqdm=False)]
+    return kinds.tokens_of(llm, prompts, params)
 
 
 @pytest.mark.slow
@@ -87,13 +87,7 @@ def test_the_whole_path_of_a_gpu_gives_the_tokens_of_transformers(
 def test_every_kind_of_request_gets_what_the_cpu_gives_it(
     tiny_checkpoint: Path, limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = [
-        SamplingParams(temperature=1.0, seed=1, max_tokens=10, n=2),
-        SamplingParams(temperature=0.9, top_p=0.7, seed=2, max_tokens=10, stop_token_ids=list(range(0, 200, 7))),
-        SamplingParams(temperature=1.3, top_k=12, seed=3, max_tokens=9, repetition_penalty=1.2, logprobs=1),
-        SamplingParams(temperature=Linear(1.0, 0.0, num_tokens=6), seed=4, max_tokens=10, ignore_eos=True),
-        SamplingParams(temperature=1.5, min_p=0.02, seed=5, max_tokens=10, logit_bias={17: 3.0}),
-    ]
+    params = kinds.every_kind(max_tokens=10, n=2)[: len(PROMPTS)]
     with open_llm(tiny_checkpoint, **limits) as llm:
         expected = tokens_of(llm, params)
     with all_kernels(monkeypatch), open_captured(tiny_checkpoint, **limits) as llm:

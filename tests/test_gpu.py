@@ -14,7 +14,7 @@ from nanovllm.attention import BACKENDS
 from nanovllm.engine import model_runner
 from nanovllm.engine.cuda_graphs import CudaCapture
 from nanovllm.layers.noise import exponential_noise, token_words
-from nanovllm.layers.temperature import Linear
+from tests import kinds
 from tests.checkpoints import load_reference, reference_greedy, write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +48,7 @@ def open_llm(checkpoint: Path, **options: Any) -> LLM:
 
 def tokens_of(llm: LLM, params: Any = GREEDY, prompts: list[list[int]] = PROMPTS) -> list[list[list[int]]]:
     """By prompt and completion."""
-    return [[c.token_ids for c in output.outputs] for output in llm.generate(prompts, params, use_tqdm=False)]
+    return kinds.tokens_of(llm, prompts, params)
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
@@ -82,18 +82,7 @@ def test_half_precision_gives_answers_of_full_length(checkpoint: Path, backend: 
 
 
 def test_every_kind_of_request_gets_what_the_cpu_gives_it(checkpoint: Path) -> None:
-    def ban_even(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-        logits[::2] = float("-inf")
-        return logits
-
-    params = [
-        SamplingParams(temperature=1.0, seed=1, max_tokens=20, n=3),
-        SamplingParams(temperature=0.9, top_p=0.7, seed=2, max_tokens=20, stop_token_ids=list(range(0, 200, 7))),
-        SamplingParams(temperature=1.3, top_k=12, seed=3, max_tokens=20, repetition_penalty=1.2, logprobs=1),
-        SamplingParams(temperature=Linear(1.0, 0.0, num_tokens=6), seed=4, max_tokens=20, ignore_eos=True),
-        SamplingParams(temperature=1.5, min_p=0.02, seed=5, max_tokens=20, logit_bias={17: 3.0}),
-        SamplingParams(temperature=1.0, seed=6, max_tokens=20, logits_processors=[ban_even], prompt_logprobs=1),
-    ]
+    params = kinds.every_kind(max_tokens=20, n=3)
     with open_llm(checkpoint, device="cpu") as llm:
         expected = tokens_of(llm, params)
     for limits in ({}, {"num_kvcache_blocks": 12, "max_num_batched_tokens": 20}):

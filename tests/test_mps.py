@@ -22,6 +22,7 @@ from nanovllm.utils.memory import free_memory, is_out_of_memory
 from nanovllm.utils.transfer import HostCopy, settle_mps, to_device, upload
 from tests import test_logprobs, test_overlap
 from tests.checkpoints import reference_greedy, reference_logits, write_checkpoint
+from tests.kinds import tokens_of
 from tests.late_runner import checked_books
 from tests.mps_device import MPS, FakeMps, MpsError, fake_mps
 from tests.test_overlap import LIMITS, PROMPTS
@@ -249,7 +250,7 @@ class TestEveryKindOfRequest:
     def answers(self, llm: LLM) -> list[list[list[int]]]:
         requests = self.requests()
         prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(requests))]
-        return [[c.token_ids for c in output.outputs] for output in llm.generate(prompts, requests, use_tqdm=False)]
+        return tokens_of(llm, prompts, requests)
 
     def test_the_host_waits_for_nothing_but_results(self, tiny_checkpoint: Path) -> None:
         with open_llm(tiny_checkpoint, device="cpu") as llm:

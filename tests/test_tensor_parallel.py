@@ -25,7 +25,7 @@ from nanovllm import LLM, EngineDeadError, SamplingParams
 from nanovllm.engine import rank_group
 from nanovllm.engine.plan_codec import PlanDecoder, PlanEncoder
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
-from nanovllm.layers.temperature import Linear
+from tests import kinds
 from tests.checkpoints import load_reference, reference_greedy, write_checkpoint
 from tests.threads import one_thread  # noqa: F401
 
@@ -47,7 +47,7 @@ def open_llm(checkpoint: Path, size: int = 2, **options: Any) -> LLM:
 
 def tokens_of(llm: LLM, params: Any = GREEDY, prompts: list[list[int]] = PROMPTS) -> list[list[list[int]]]:
     """By prompt and completion."""
-    return [[c.token_ids for c in output.outputs] for output in llm.generate(prompts, params, use_tqdm=False)]
+    return kinds.tokens_of(llm, prompts, params)
 
 
 def belongings() -> dict[str, Any]:
@@ -133,22 +133,10 @@ class TestAnswers:
     def test_every_kind_of_request(self, checkpoint: Path) -> None:
         called: list[int] = []
 
-        def ban_even(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-            called.append(len(token_ids))
-            logits[::2] = float("-inf")
-            return logits
-
         def fail(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
             raise ValueError("made to fail")
 
-        params = [
-            SamplingParams(temperature=1.0, seed=1, max_tokens=10, n=3),
-            SamplingParams(temperature=0.9, top_p=0.7, seed=2, max_tokens=10, stop_token_ids=list(range(0, 200, 7))),
-            SamplingParams(temperature=1.3, top_k=12, seed=3, max_tokens=9, repetition_penalty=1.2, logprobs=1),
-            SamplingParams(temperature=Linear(1.0, 0.0, num_tokens=6), seed=4, max_tokens=10, ignore_eos=True),
-            SamplingParams(temperature=1.5, min_p=0.02, seed=5, max_tokens=10, logit_bias={17: 3.0}),
-            SamplingParams(temperature=1.0, seed=6, max_tokens=10, logits_processors=[ban_even], prompt_logprobs=1),
-        ]
+        params = kinds.every_kind(max_tokens=10, n=3, called=called)
         with open_llm(checkpoint, 1) as llm:
             expected = llm.generate(PROMPTS, params, use_tqdm=False)
         calls = len(called)
