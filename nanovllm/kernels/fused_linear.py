@@ -84,6 +84,7 @@ def fused_linear(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
     gated: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``residual + norm(x) W^T + bias``, or ``silu(gate) * up`` of a ``W`` that holds both, one above the other.
 
@@ -95,6 +96,7 @@ def fused_linear(
         eps: Added to the norm's mean square.
         residual: [rows, outputs], of x's dtype, added to the result; the last dimension is packed.
         gated: Whether the weight is that of a gated MLP, the gate's half first.
+        out: [rows, outputs], of x's dtype, contiguous: where the result goes; None for a new tensor.
 
     Returns:
         [rows, outputs], of x's dtype, rounded between the operations as separate ones would.
@@ -102,7 +104,10 @@ def fused_linear(
     assert not (gated and bias is not None)
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    assert out.is_contiguous()
+    assert out.dtype == x.dtype
     if rows > 0:
         sizes, num_warps = _launch_sizes(inputs, x.element_size(), gated)
         _fused_linear_kernel[(triton.cdiv(outputs, sizes["OUTPUT_TILE"]),)](
@@ -137,6 +142,7 @@ def fused_linear_reference(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
     gated: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`fused_linear` by torch's operators."""
     if norm_weight is not None:
@@ -145,7 +151,8 @@ def fused_linear_reference(
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = torch.nn.functional.silu(gate) * up
-    return y if residual is None else y + residual
+    y = y if residual is None else y + residual
+    return y if out is None else out.copy_(y)
 
 
 def _launch_sizes(inputs: int, itemsize: int, gated: bool) -> tuple[dict[str, int], int]:

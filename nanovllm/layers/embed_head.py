@@ -83,6 +83,31 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelLMHead(VocabParallelEmbedding, PackableProduct):  # type: ignore[misc]  # its weight may be packed
     """Logits over the vocabulary from hidden states; may share its table with the embedding."""
 
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        parallel: ParallelGroup,
+        dtype: torch.dtype,
+        device: Any,
+        tied_to: VocabParallelEmbedding | None = None,
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, parallel, dtype, device, tied_to)
+        self.fused_linear = kernels.load("fused_linear", torch.device(device), dtype)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        fits = self.weight is not None and x.shape[0] <= kernels.FEW_ROWS and (out is None or out.dtype == x.dtype)
+        if self.fused_linear is None or not fits:
+            return super().product(x, bias, dtype, out)
+        result = self.fused_linear(x, self.weight, bias, out=out)  # reads the table while the last layer still runs
+        return result.to(dtype or x.dtype)
+
     def pack(self, packing: type[PackedWeight]) -> None:
         """Replace the weight by its packed form, and that of the embedding it is tied to, if rows can be read of it."""
         super().pack(packing)
