@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm import LLM, SamplingParams, kernels
-from nanovllm.engine import batch_state, cuda_graphs
+from nanovllm.engine import batch_state, cuda_graphs, model_runner
 from nanovllm.engine.batch_state import BatchState, SampleInput, SamplePlaces
 from nanovllm.engine.cuda_graphs import batch_sizes
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
@@ -57,8 +58,12 @@ def open_llm(checkpoint: Path, **limits: Any) -> LLM:
 
 
 def open_captured(checkpoint: Path, capture: cuda_graphs.Capture = call_again, **limits: Any) -> LLM:
-    llm = open_llm(checkpoint, attention_backend="triton", **limits)
-    llm.engine.runner.capture_graphs(capture)
+    """An engine that captures its steps while it is made, as on a GPU."""
+    with (
+        patch.object(model_runner.ModelRunner, "_wants_graphs", lambda runner: True),
+        patch.object(model_runner, "CudaCapture", lambda: capture),
+    ):
+        llm = open_llm(checkpoint, attention_backend="triton", **limits)
     llm.engine.runner.draws_apart = True
     return llm
 

@@ -139,9 +139,9 @@ class DecodeGraphs:
         return self
 
     @staticmethod
-    def num_bytes(max_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-        """Bytes of the static buffers."""
-        return max_rows * (vocab_size * dtype.itemsize + 36)
+    def num_bytes(max_rows: int, num_columns: int, dtype: torch.dtype) -> int:
+        """Bytes of the static buffers; ``num_columns`` of logits."""
+        return max_rows * (num_columns * dtype.itemsize + 36)
 
     def replay(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the sequences in ``slots``, whose tables are up to date.

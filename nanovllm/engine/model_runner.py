@@ -21,6 +21,7 @@ from nanovllm.engine.placement import resolve_device, resolve_dtype
 from nanovllm.engine.recorded_steps import RecordedSteps
 from nanovllm.engine.step_handle import DeviceLogprobs, DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
+from nanovllm.layers.embed_head import rows_per_rank
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import Int8Weight, pack_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -397,7 +398,8 @@ class ModelRunner:
         tables = BatchState.num_bytes(self.num_slots, self.max_model_len, self.block_size)
         if not self._wants_graphs():
             return tables
-        buffers = DecodeGraphs.num_bytes(self.num_slots, self.model.lm_head.rows, self.dtype)
+        columns = rows_per_rank(self.model_config.vocab_size, self.parallel)
+        buffers = DecodeGraphs.num_bytes(self.num_slots, columns, self.dtype)
         return tables + buffers + BYTES_PER_GRAPH * len(batch_sizes(self.num_slots))
 
     def _check_tables(self) -> None:

@@ -13,6 +13,12 @@ from nanovllm.layers.top_tokens import BLOCK
 from nanovllm.utils.loader import COPY, DifferentCopyError, Span, TensorSource, copy_span, equals_rows, new_parameter
 
 
+def rows_per_rank(vocab_size: int, parallel: ParallelGroup) -> int:
+    """Rows of the table that each rank keeps."""
+    rows = -(-vocab_size // parallel.size)
+    return rows + (-rows % BLOCK if parallel.size > 1 else 0)
+
+
 class VocabParallelEmbedding(nn.Module):
     """Rows of a [vocab_size, hidden_size] table; each rank keeps as many, the last ones padded with zeros.
 
@@ -41,9 +47,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.parallel = parallel
-        self.rows = -(-vocab_size // parallel.size)
-        if parallel.size > 1:
-            self.rows += -self.rows % BLOCK
+        self.rows = rows_per_rank(vocab_size, parallel)
         self.first_id = min(parallel.rank * self.rows, vocab_size)
         self.num_ids = min(self.rows, vocab_size - self.first_id)  # the rest of the rows is padding; 0 beyond the end
         shape = (self.rows, hidden_size)
