@@ -20,7 +20,28 @@ MODEL = {"attention", "kernels", "layers", *ARITHMETIC, *UTILS}
 MAY_IMPORT: dict[str, set[str]] = {
     "": {"llm", "config", *PLAIN},  # nanovllm/__init__.py
     "__main__": {"cli"},
-    "cli": {"", "batch", "llm", "demo", "config", *PLAIN},
+    "cli": {"", "batch", "diagnostics", "llm", "demo", "config", *PLAIN},
+    # Instruments look at everything, and nothing but the command line knows them.
+    "diagnostics": {
+        "llm",
+        "engine",
+        "engine.llm_engine",
+        "engine.scheduler",
+        "engine.block_manager",
+        "engine.sequence",
+        "engine.step_plan",
+        "engine.step_handle",
+        "engine.model_runner",
+        "engine.placement",
+        "engine.batch_state",
+        "engine.request",
+        "engine.tokenizer",
+        "models",
+        "demo",
+        "config",
+        *MODEL,
+        *PLAIN,
+    },
     "batch": {"batch_rows", "llm", *PLAIN},
     "batch_rows": {"llm", *PLAIN},
     "llm": {

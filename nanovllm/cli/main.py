@@ -1,0 +1,46 @@
+"""The ``nanovllm`` command.
+
+A subcommand is a module of this package with two functions: ``add_parser(commands)`` adds its parser, and ``run(args)``
+does what it is for and returns the exit code. The modules import what is slow to import only in ``run``, so that help
+and mistakes are answered at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from nanovllm.cli.options import Parser
+from nanovllm.version import __version__
+
+# In the order of the help.
+COMMANDS = ("batch",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Its arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0; 1 where a subcommand has found what it was to look for, as its help says; 2 for a mistake of
+        the caller's, which is told in one line; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: The arguments cannot be parsed (2), or help or the version was asked for (0).
+    """
+    parser = Parser(prog="nanovllm", description="Offline inference for language models.")
+    parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = import_module(f"nanovllm.cli.{name}")
+        module.add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (TypeError, ValueError, OSError) as error:
+        print(f"nanovllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
