@@ -26,10 +26,8 @@ from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 TILE = 64
 # Registers of a thread that hold them.
 REGISTERS = 64
-# Heads that a program computes together: queries and what they attend to stay in registers as well.
-MOST_HEADS = 4
-# Heads of a group: two programs divide those that are too many for one.
-MOST_GROUP = 2 * MOST_HEADS
+# Heads of a group that the lines of a tile are enough for.
+MOST_GROUP = 8
 # Programs launched for a multiprocessor at most, as many as run at a time; each takes every so manieth item.
 PROGRAMS_PER_SM = 2
 
@@ -37,50 +35,24 @@ PROGRAMS_PER_SM = 2
 _LOWEST = tl.constexpr(-1e30)
 
 
-# Lines are loaded and stored as [lines * wide, dim], which threads share like a tile of keys, [tokens, dim]: what is
-# computed of both is then in the right threads already. Of three dimensions they might share them otherwise.
 @triton.jit
-def _load_lines(first, dim, count, PADDED: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """``count`` lines of ``HEAD_DIM`` from ``first`` on, each once a column, in the order of ``dim``.
-
-    Returns [PADDED, WIDE, padded dim].
-    """
-    DIM: tl.constexpr = dim.shape[0]
-    line = tl.arange(0, PADDED * WIDE) // WIDE
-    mask = (line < count)[:, None] & (tl.arange(0, DIM) < HEAD_DIM)[None, :]
-    lines = tl.load(first + line[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-    return tl.reshape(lines, (PADDED, WIDE, DIM))
-
-
-@triton.jit
-def _store_lines(first, lines, count, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store ``count`` of the lines [padded, 1 or WIDE, padded dim], whose columns are equal, from ``first`` on."""
-    PADDED: tl.constexpr = lines.shape[0]
-    DIM: tl.constexpr = lines.shape[2]
-    row = tl.arange(0, PADDED * WIDE)
-    dim = tl.arange(0, DIM)
-    mask = ((row % WIDE == 0) & (row // WIDE < count))[:, None] & (dim < HEAD_DIM)[None, :]
-    lines = tl.reshape(tl.broadcast_to(lines, (PADDED, WIDE, DIM)), (PADDED * WIDE, DIM))
-    tl.store(first + (row // WIDE)[:, None] * HEAD_DIM + dim[None, :], lines, mask=mask)
+def _by_line(is_key, of_query, of_key, mask):
+    """[lines, dim] of a norm's weights."""
+    of_query = tl.load(of_query, mask=mask, other=0.0)
+    of_key = tl.load(of_key, mask=mask, other=0.0)
+    return tl.where(is_key[:, None], of_key[None, :], of_query[None, :])
 
 
 @triton.jit
 def _normalise_and_rotate(own, other, own_weight, other_weight, eps, cosines, sines, HEAD_DIM: tl.constexpr):
-    """Lines, float32 but rounded like their dtype wherever the layers round; ``other``: what turns with ``own``."""
+    """Lines [lines, dim], rounded like their dtype wherever the layers round; ``other``: what turns with ``own``."""
     dtype = own.dtype
     own = own.to(tl.float32)
     other = other.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(own * own, axis=2) / HEAD_DIM + eps)[:, :, None]
+    scale = tl.rsqrt(tl.sum(own * own, axis=1) / HEAD_DIM + eps)[:, None]
     own = ((own * scale).to(dtype).to(tl.float32) * own_weight.to(tl.float32)).to(dtype).to(tl.float32)
     other = ((other * scale).to(dtype).to(tl.float32) * other_weight.to(tl.float32)).to(dtype).to(tl.float32)
-    return (own * cosines + other * sines).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _merge(largest, total, other_largest, other_total):
-    """Two sums of weights, each relative to the largest of its scores."""
-    both = tl.maximum(largest, other_largest)
-    return both, total * tl.exp2(largest - both) + other_total * tl.exp2(other_largest - both)
+    return (own * cosines[None, :] + other * sines[None, :]).to(dtype)
 
 
 @triton.jit
@@ -156,121 +128,118 @@ def _decode_few_rows_kernel(
     BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    PADDED_MEMBERS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    LINES: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,
-    WIDE: tl.constexpr,
     REDUCE_TILE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     let_next_kernel_start(OVERLAPS)
-    # A tile of keys is [deep, wide, dim]: a thread has some dimensions of a column of tokens, and computes the step's
-    # own key and queries in these dimensions for itself. Threads that wait for each other's would take longer.
-    DEEP: tl.constexpr = TILE // WIDE
     half: tl.constexpr = HEAD_DIM // 2
-    column = tl.arange(0, WIDE)
-    member = tl.arange(0, PADDED_MEMBERS)
     dim = tl.arange(0, PADDED_DIM)
+    real_dim = dim < HEAD_DIM
     partner = tl.where(dim < half, dim + half, dim - half)  # what turns with it
-    q_own = _load_lines(q_weight, dim, 1, 1, WIDE, HEAD_DIM)
-    q_other = _load_lines(q_weight, partner, 1, 1, WIDE, HEAD_DIM)
-    k_own = _load_lines(k_weight, dim, 1, 1, WIDE, HEAD_DIM)
-    k_other = _load_lines(k_weight, partner, 1, 1, WIDE, HEAD_DIM)
+    # The queries of a group and the step's own key are the lines of one tile, which is computed at once.
+    line = tl.arange(0, LINES)
+    is_query = line < GROUP
+    is_key = line == GROUP
+    is_real = (line <= GROUP)[:, None] & real_dim[None, :]
+    own_weight = _by_line(is_key, q_weight + dim, k_weight + dim, real_dim)
+    other_weight = _by_line(is_key, q_weight + partner, k_weight + partner, real_dim)
     dtype: tl.constexpr = out.dtype.element_ty
     # Lengths, tables and the keys of earlier steps are older than the step's first layer: they can be read at once.
     # Programs that find no item end without waiting: the first one always has an item, and waits.
     index = tl.program_id(0)
     num_items = tl.load(first_items + rows)
     # The first item is asked for before it is known to be one: the one load need not wait for the other.
-    token, slot, start, end, first_item, parts = load_item(items, capacity, index // (KV_HEADS * SPLIT), capacity)
-    while index < num_items * (KV_HEADS * SPLIT):
-        item = index // (KV_HEADS * SPLIT)
-        kv_head = index // SPLIT % KV_HEADS
-        split = index % SPLIT
-        first_head = kv_head * GROUP + split * MEMBERS
-        count = tl.minimum(GROUP - split * MEMBERS, MEMBERS)
+    token, slot, start, end, first_item, parts = load_item(items, capacity, index // KV_HEADS, capacity)
+    while index < num_items * KV_HEADS:
+        item = index // KV_HEADS
+        kv_head = index % KV_HEADS
         is_last = (item == first_item + parts - 1) & (end > start)  # with the step's own token, which is not cached yet
         position = start + tl.arange(0, TILE)
         cached = position < tl.where(is_last, end - 1, end)
         block = tl.load(block_tables + slot * table_stride + position // BLOCK_SIZE, mask=cached, other=0)
         cached_at = block.to(tl.int64) * BLOCK_STRIDE + (position % BLOCK_SIZE) * TOKEN_STRIDE + kv_head * HEAD_STRIDE
         offset = cached_at[:, None] + dim[None, :]
-        mask = cached[:, None] & (dim < HEAD_DIM)[None, :]
+        mask = cached[:, None] & real_dim[None, :]
         key = tl.load(keys + offset, mask=mask, other=0.0)  # [tokens, dim]
         value = tl.load(values + offset, mask=mask, other=0.0)
         target = tl.load(slot_mapping + token)
         angle = tl.load(positions + token) * half
-        cosines = _load_lines(cos + angle, dim % half, 1, 1, WIDE, HEAD_DIM)
-        sines = _load_lines(sin + angle, dim % half, 1, 1, WIDE, HEAD_DIM)
-        sines = tl.where((dim < half)[None, None, :], -sines, sines)
-        stores = is_last & (target >= 0) & (split == 0)
+        cosines = tl.load(cos + angle + dim % half, mask=real_dim, other=0.0)
+        sines = tl.load(sin + angle + dim % half, mask=real_dim, other=0.0)
+        sines = tl.where(dim < half, -sines, sines)
+        stores = is_last & (target >= 0)
         new_place = (target // BLOCK_SIZE) * BLOCK_STRIDE + (target % BLOCK_SIZE) * TOKEN_STRIDE + kv_head * HEAD_STRIDE
         wait_for_previous_kernel(OVERLAPS)
 
-        query_lines = qkv + token * qkv_stride + first_head * HEAD_DIM
-        key_line = qkv + token * qkv_stride + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
-        query = _load_lines(query_lines, dim, count, PADDED_MEMBERS, WIDE, HEAD_DIM)
-        query_other = _load_lines(query_lines, partner, count, PADDED_MEMBERS, WIDE, HEAD_DIM)
-        new_key = _load_lines(key_line, dim, 1, 1, WIDE, HEAD_DIM)
-        new_key_other = _load_lines(key_line, partner, 1, 1, WIDE, HEAD_DIM)
-        new_value = _load_lines(key_line + KV_HEADS * HEAD_DIM, dim, 1, 1, WIDE, HEAD_DIM)
+        head = tl.where(is_key, KV_HEADS * GROUP + kv_head, kv_head * GROUP + line)
+        source = qkv + token * qkv_stride + head[:, None] * HEAD_DIM
+        lines = tl.load(source + dim[None, :], mask=is_real, other=0.0)
+        other = tl.load(source + partner[None, :], mask=is_real, other=0.0)
+        new_value = tl.load(
+            qkv + token * qkv_stride + (KV_HEADS * (GROUP + 1) + kv_head) * HEAD_DIM + dim, mask=real_dim, other=0.0
+        )
         # The value is stored here because loads have to come before a store in the machine's code as well. Else the
         # compiler puts some of them off until others have come, to save registers, and a program waits twice.
         if stores:
-            _store_lines(values + new_place, new_value, 1, WIDE, HEAD_DIM)
-        new_key = _normalise_and_rotate(new_key, new_key_other, k_own, k_other, eps, cosines, sines, HEAD_DIM)
-        query = _normalise_and_rotate(query, query_other, q_own, q_other, eps, cosines, sines, HEAD_DIM)
-
-        # Each column by itself, then all of them. The first one has the step's own token besides.
-        has_new = (column < tl.where(is_last, 1, 0))[None, :]
-        key = tl.reshape(key.to(tl.float32), (DEEP, 1, WIDE, PADDED_DIM))
-        value = tl.reshape(value.to(tl.float32), (DEEP, 1, WIDE, PADDED_DIM))
-        scores = tl.sum(key * tl.reshape(query, (1, PADDED_MEMBERS, WIDE, PADDED_DIM)), axis=3) * scale_log2
-        scores = tl.where(tl.reshape(cached, (DEEP, 1, WIDE)), scores, _LOWEST)  # [deep, members, wide]
-        new_score = tl.where(has_new, tl.sum(new_key * query, axis=2) * scale_log2, _LOWEST)
-        column_largest = tl.maximum(tl.max(scores, axis=0), new_score)  # [members, wide]
-        weights = tl.exp2(scores - column_largest[None, :, :])
-        new_weight = tl.where(has_new, tl.exp2(new_score - column_largest), 0.0)
-        attended = tl.sum(value * weights[:, :, :, None], axis=0)
-        attended += new_value.to(tl.float32) * new_weight[:, :, None]  # [members, wide, dim]
-        column_total = tl.sum(weights, axis=0) + new_weight
-        largest, total = tl.reduce((column_largest, column_total), 1, _merge)
-        share = tl.exp2(column_largest - largest[:, None]) / total[:, None]
-        attended = tl.sum(attended * share[:, :, None], axis=1)[:, None, :]  # zeros of a row without a context
-
+            tl.store(values + new_place + dim, new_value, mask=real_dim)
+        lines = _normalise_and_rotate(lines, other, own_weight, other_weight, eps, cosines, sines, HEAD_DIM)
         if stores:
-            _store_lines(keys + new_place, new_key.to(dtype), 1, WIDE, HEAD_DIM)
-        target_lines = out + (token * (KV_HEADS * GROUP) + first_head) * HEAD_DIM
+            new_keys = keys + new_place + tl.broadcast_to(dim[None, :], (LINES, PADDED_DIM))
+            tl.store(new_keys, lines, mask=is_key[:, None] & real_dim[None, :])
+
+        # Everything is transposed, [tokens, lines]: tokens fill the rows of a product.
+        scores = tl.dot(key, tl.trans(lines), input_precision="ieee") * scale_log2
+        scores = tl.where(cached[:, None], scores, _LOWEST)
+        precise = lines.to(tl.float32)
+        new_key = tl.sum(tl.where(is_key[:, None], precise, 0.0), axis=0)
+        new_score = tl.where(is_last, tl.sum(precise * new_key[None, :], axis=1) * scale_log2, _LOWEST)
+        largest = tl.maximum(tl.max(scores, axis=0), new_score)
+        weights = tl.where(cached[:, None], tl.exp2(scores - largest[None, :]), 0.0)
+        new_weight = tl.where(is_last, tl.exp2(new_score - largest), 0.0)
+        total = tl.sum(weights, axis=0) + new_weight
+        attended = tl.dot(tl.trans(value), weights.to(dtype), input_precision="ieee")  # [dim, lines]
+        attended += new_value.to(tl.float32)[:, None] * new_weight[None, :]
+        attended = attended / tl.where(end > start, total, 1.0)[None, :]  # zeros of a row without a context
+
+        place = (kv_head * GROUP + line)[None, :] * HEAD_DIM + dim[:, None]
+        wanted = is_query[None, :] & real_dim[:, None]
+        target_line = out + token * (KV_HEADS * GROUP * HEAD_DIM)
         if parts == 1:
-            _store_lines(target_lines, attended.to(dtype), count, WIDE, HEAD_DIM)
+            tl.store(target_line + place, attended.to(dtype), mask=wanted)
         else:
-            real = member < count
-            place = item.to(tl.int64) * (KV_HEADS * GROUP) + first_head
-            _store_lines(partial_out + place * HEAD_DIM, attended, count, WIDE, HEAD_DIM)
-            tl.store(partial_lse + place + member, largest + tl.log2(total), mask=real)
+            first_head = item.to(tl.int64) * (KV_HEADS * GROUP)
+            tl.store(partial_out + first_head * HEAD_DIM + place, attended, mask=wanted)
+            tl.store(partial_lse + first_head + kv_head * GROUP + line, largest + tl.log2(total), mask=is_query)
             tl.debug_barrier()  # the whole program has stored, before any of it says so
-            # The row has a second item, whose place the second program of a group counts in.
-            arrival = arrivals + (first_item + split) * KV_HEADS + kv_head
+            arrival = arrivals + first_item * KV_HEADS + kv_head
             if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == parts - 1:  # the last one: all others are there
                 tl.store(arrival, 0)  # for the next layer
+                member = tl.arange(0, PADDED_GROUP)
+                own_head = kv_head * GROUP + member
                 combined = _combine(
                     partial_out,
                     partial_lse,
                     first_item,
                     parts,
-                    first_head + member,
-                    real,
+                    own_head,
+                    member < GROUP,
                     dim,
                     KV_HEADS * GROUP,
                     HEAD_DIM,
                     REDUCE_TILE,
                 )
-                _store_lines(target_lines, combined[:, None, :].to(dtype), count, WIDE, HEAD_DIM)
+                tl.store(
+                    target_line + own_head[:, None] * HEAD_DIM + dim[None, :],
+                    combined.to(dtype),
+                    mask=(member < GROUP)[:, None] & real_dim[None, :],
+                )
         index += tl.num_programs(0)
-        token, slot, start, end, first_item, parts = load_item(items, capacity, index // (KV_HEADS * SPLIT), num_items)
+        token, slot, start, end, first_item, parts = load_item(items, capacity, index // KV_HEADS, num_items)
 
 
 def decode_few_rows(
@@ -320,7 +289,7 @@ def decode_few_rows(
     out = torch.empty((rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     capacity = work.items.shape[1]
     sizes, num_warps = _launch_sizes(num_heads // num_kv_heads, head_dim, qkv.element_size())
-    programs = min(capacity * num_kv_heads * sizes["SPLIT"], multiprocessors(qkv.device) * PROGRAMS_PER_SM)
+    programs = min(capacity * num_kv_heads, multiprocessors(qkv.device) * PROGRAMS_PER_SM)
     _decode_few_rows_kernel[(programs,)](
         qkv,
         qkv.stride(0),
@@ -385,18 +354,14 @@ def decode_few_rows_reference(
 
 def _launch_sizes(group: int, head_dim: int, itemsize: int) -> tuple[dict[str, int], int]:
     """Tile sizes and warps: registers hold a tile of keys and one of values, and later one of partial results."""
-    split = triton.cdiv(group, MOST_HEADS)
-    members = triton.cdiv(group, split)
-    padded_members, padded_dim = triton.next_power_of_2(members), triton.next_power_of_2(head_dim)
+    padded_group, padded_dim = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 4), 16)
     sizes = {
-        "SPLIT": split,
-        "MEMBERS": members,
-        "PADDED_MEMBERS": padded_members,
-        "PADDED_DIM": padded_dim,
+        "LINES": max(triton.next_power_of_2(group + 1), 8),
+        "PADDED_GROUP": padded_group,
+        "PADDED_DIM": max(padded_dim, 16),
         "TILE": TILE,
-        "WIDE": min(num_warps * 32 * 16 // (padded_dim * itemsize), TILE),  # tokens of 16 bytes a thread
-        "REDUCE_TILE": min(max(num_warps * 32 * REGISTERS // (padded_members * padded_dim), 4), 16),
+        "REDUCE_TILE": min(max(num_warps * 32 * REGISTERS // (padded_group * padded_dim), 4), 16),
     }
     return sizes, num_warps
 
