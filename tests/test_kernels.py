@@ -281,13 +281,14 @@ def decode_tables(draw: Callable[..., Any]) -> dict[str, Any]:
         "token_ids": token_ids.to(DEVICE)[:, : max_len + 1],
         "block_tables": block_tables.to(DEVICE)[:, :max_blocks],
         "block_size": block_size,
+        "params": torch.randint(-(2**31), 2**31 - 1, (num_slots, 5), generator=generator).int().to(DEVICE),
     }
 
 
 def decode_buffers(rows: int) -> tuple[torch.Tensor, ...]:
     """Outputs of decode_inputs, longer than there are rows."""
-    dtypes = torch.int64, torch.int64, torch.int64, torch.int32
-    return tuple(torch.full((rows + 3,), UNWRITTEN, dtype=dtype, device=DEVICE) for dtype in dtypes)
+    shapes = ((torch.int64, ()), (torch.int64, ()), (torch.int64, ()), (torch.int32, ()), (torch.int32, (5,)))
+    return tuple(torch.full((rows + 3, *shape), UNWRITTEN, dtype=dtype, device=DEVICE) for dtype, shape in shapes)
 
 
 @examples(200)
@@ -305,10 +306,11 @@ def test_decode_inputs(tables):
     for name, value in before.items():
         assert_identical(tables[name], value)
 
-    input_ids, positions, slot_mapping, context_lengths = (buffer.tolist() for buffer in actual)
+    input_ids, positions, slot_mapping, context_lengths, params = (buffer.tolist() for buffer in actual)
     token_ids, block_tables = tables["token_ids"].tolist(), tables["block_tables"].tolist()
     block_size, num_computed = tables["block_size"], tables["num_computed"].tolist()
     for row, slot in enumerate(tables["slots"].tolist()):
+        assert params[row] == (tables["params"][slot].tolist() if slot >= 0 else [0] * 5)
         found = input_ids[row], positions[row], slot_mapping[row], context_lengths[row]
         if slot < 0:
             assert found == (0, 0, -1, 0)
@@ -362,8 +364,10 @@ def test_decode_steps_follow_one_another():
         decode_outputs(slots, torch.tensor(tokens, device=DEVICE), num_computed, token_ids, sampled)
         assert sampled.tolist() == [tokens[0], -1, tokens[2]]
         inputs = tuple(buffer[:3] for buffer in decode_buffers(3))
-        decode_inputs(slots, num_computed, token_ids, block_tables, 4, *inputs)
+        params = torch.arange(15, dtype=torch.int32, device=DEVICE).view(3, 5)
+        decode_inputs(slots, num_computed, token_ids, block_tables, 4, params, *inputs)
         assert inputs[0].tolist() == [tokens[0], 0, tokens[2]]
         assert inputs[1].tolist() == [6 + step, 0, 4 + step]
         assert inputs[2].tolist() == [14 + step, -1, 4 + step]
         assert inputs[3].tolist() == [7 + step, 0, 5 + step]
+        assert inputs[4].tolist() == [params[2].tolist(), [0] * 5, params[0].tolist()]

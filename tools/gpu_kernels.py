@@ -299,7 +299,8 @@ def table_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
     def before(g: torch.Generator) -> tuple[Any, ...]:
         token_ids, blocks = integers(g, 9999, slots, longest + 1), integers(g, 9999, slots, longest // 16)
         written = empty(torch.int64), empty(torch.int64), empty(torch.int64), empty(torch.int32)
-        return lines(g), integers(g, 4096, slots), token_ids, blocks, 16, *written
+        params = torch.zeros(rows, 6, dtype=torch.int32, device=device)
+        return lines(g), integers(g, 4096, slots), token_ids, blocks, 16, integers(g, 9999, slots, 6), *written, params
 
     def after(g: torch.Generator) -> tuple[Any, ...]:
         tokens = integers(g, 9999, rows).long()
@@ -310,7 +311,7 @@ def table_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
         decode_inputs.decode_inputs,
         decode_inputs.decode_inputs_reference,
         before,
-        lambda _, given: list(given[5:9]),
+        lambda _, given: list(given[6:]),
     )
     yield Case(
         f"decode_outputs {rows}",

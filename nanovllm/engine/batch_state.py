@@ -19,7 +19,7 @@ from nanovllm.layers.sampler import SamplingRows
 from nanovllm.utils.transfer import to_device, upload
 
 # Columns of ``BatchState.params``: floats by their bits, then integers.
-_TEMPERATURE, _TOP_P, _MIN_P, _TOP_K, _NOISE_KEY, _NUM_COLUMNS = 0, 1, 2, 3, 4, 6
+_TEMPERATURE, _TOP_P, _MIN_P, _TOP_K, _NOISE_KEY, NUM_PARAMS = 0, 1, 2, 3, 4, 6
 
 
 @dataclass(slots=True)
@@ -162,7 +162,7 @@ class BatchState:
         self.block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
         # Tokens whose KV is computed once all steps launched so far are done: the position of the next one.
         self.num_computed = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        self.params = torch.zeros(num_slots, _NUM_COLUMNS, dtype=torch.int32, device=device)
+        self.params = torch.zeros(num_slots, NUM_PARAMS, dtype=torch.int32, device=device)
         self._zeros = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._ones = torch.ones(num_slots, dtype=torch.float32, device=device)
         self.entries: dict[int, SlotEntry] = {}  # by slot, on the host; without their tokens and blocks
@@ -286,9 +286,13 @@ class BatchState:
             self._special = (slots, special)
         return self._special[1]
 
-    def plain_rows(self, slot_index: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
-        """Sampling parameters of rows of which only the temperature counts; the host need not know which rows."""
-        params = self.params[slot_index]
+    def plain_rows(self, params: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
+        """Sampling parameters of rows of which only the temperature counts; the host need not know which rows.
+
+        Args:
+            params: int32 [rows, columns], the rows' lines of ``params``.
+            positions: int32 or int64 [rows], positions of the tokens to be sampled.
+        """
         floats = params.view(torch.float32)
         return SamplingRows(
             temperature=floats[:, _TEMPERATURE],
@@ -388,7 +392,7 @@ def _places(plan: StepPlan, block_size: int) -> tuple[np.ndarray, np.ndarray]:
 def _params_line(entry: SlotEntry) -> np.ndarray:
     """A slot, and its line of ``BatchState.params``."""
     params = entry.params
-    line = np.zeros(1 + _NUM_COLUMNS, dtype=np.int32)
+    line = np.zeros(1 + NUM_PARAMS, dtype=np.int32)
     line[0], columns = entry.slot, line[1:]
     floats = columns.view(np.float32)
     if isinstance(params.temperature, (int, float)):  # schedules are evaluated at each step

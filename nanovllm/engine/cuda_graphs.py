@@ -18,7 +18,7 @@ from torch import nn
 
 from nanovllm import kernels
 from nanovllm.attention.base import AttentionBackend, DecodeMetadata
-from nanovllm.engine.batch_state import BatchState
+from nanovllm.engine.batch_state import NUM_PARAMS, BatchState
 from nanovllm.utils.garbage import collection_paused
 from nanovllm.utils.transfer import to_device
 
@@ -122,6 +122,7 @@ class DecodeGraphs:
         self.slots = buffer(torch.int32).fill_(-1)
         self.input_ids, self.positions, self.slot_mapping = (buffer(torch.int64) for _ in range(3))
         self.context_lengths, self.sampled = (buffer(torch.int32) for _ in range(2))
+        self.params = buffer(torch.int32, state.params.shape[1])
         self.logits = buffer(dtype, model.lm_head.rows)
         self._slots_sent = [-1] * max_rows  # what ``slots`` holds
         self._replays: dict[int, Callable[[], None]] = {}
@@ -141,7 +142,7 @@ class DecodeGraphs:
     @staticmethod
     def num_bytes(max_rows: int, num_columns: int, dtype: torch.dtype) -> int:
         """Bytes of the static buffers; ``num_columns`` of logits."""
-        return max_rows * (num_columns * dtype.itemsize + 36)
+        return max_rows * (num_columns * dtype.itemsize + 36 + 4 * NUM_PARAMS)
 
     def replay(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the sequences in ``slots``, whose tables are up to date.
@@ -185,13 +186,15 @@ class DecodeGraphs:
             state.token_ids,
             state.block_tables,
             state.block_size,
+            state.params,
             self.input_ids[:rows],
             positions,
             metadata.slot_mapping,
             metadata.context_lengths,
+            self.params[:rows],
         )
         hidden = self.model(self.input_ids[:rows], positions, self.attention.begin_decode(metadata))
         logits = self.model.compute_share(hidden, out=self.logits[:rows])
-        plain = state.plain_rows(slots.clamp(min=0).long(), positions + 1)
+        plain = state.plain_rows(self.params[:rows], metadata.context_lengths)  # whose next positions these are
         tokens = self.sampler(logits, plain)
         self._decode_outputs(slots, tokens, state.num_computed, state.token_ids, self.sampled[:rows])

@@ -259,7 +259,7 @@ class ModelRunner:
         logits = self.model.compute_share(hidden, self._logits_buffer(len(hidden)))
         if not self.draws_apart:
             return StepHandle(*self._draw(logits, places), prompt_logprobs)
-        tokens = self.plain_sampler(logits, state.plain_rows(places.slot_index, places.positions))
+        tokens = self.plain_sampler(logits, state.plain_rows(state.params[places.slot_index], places.positions))
         state.write(places, tokens)
         return self._sample_special(tokens, logits, places.slots, places.longest, prompt_logprobs)
 

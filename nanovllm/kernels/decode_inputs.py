@@ -19,12 +19,15 @@ def _decode_inputs_kernel(
     block_tables,
     block_tables_stride,
     max_blocks,
+    params,
     input_ids,
     positions,
     slot_mapping,
     context_lengths,
+    row_params,
     rows,
     BLOCK_SIZE: tl.constexpr,
+    PARAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -42,6 +45,9 @@ def _decode_inputs_kernel(
     tl.store(positions + row, position.to(tl.int64), mask=inside)
     tl.store(slot_mapping + row, tl.where(mask & (found == position), target, -1), mask=inside)
     tl.store(context_lengths + row, tl.where(mask, position + 1, 0), mask=inside)
+    for column in tl.static_range(PARAMS):
+        param = tl.load(params + slot * PARAMS + column, mask=mask, other=0)
+        tl.store(row_params + row * PARAMS + column, param, mask=inside)
 
 
 def decode_inputs(
@@ -50,10 +56,12 @@ def decode_inputs(
     token_ids: torch.Tensor,
     block_tables: torch.Tensor,
     block_size: int,
+    params: torch.Tensor,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     context_lengths: torch.Tensor,
+    row_params: torch.Tensor,
 ) -> None:
     """Fill the inputs of a step that computes the next token of every row.
 
@@ -66,10 +74,12 @@ def decode_inputs(
         token_ids: [slots, max_len + 1], int32; the last column takes a token, but is never an input.
         block_tables: [slots, blocks], int32: KV blocks in order.
         block_size: Tokens a KV block.
+        params: [slots, parameters], int32, packed: the lines' sampling parameters.
         input_ids: [rows], int64, written.
         positions: [rows], int64, written.
         slot_mapping: [rows], int64, written: ``block * block_size + offset``; -1 where nothing is to be stored.
         context_lengths: [rows], int32, written: tokens to attend to, this step's included.
+        row_params: [rows, parameters], int32, packed, written: the rows'; zeros for one that is none.
     """
     rows = slots.shape[0]
     if rows > 0:
@@ -82,12 +92,15 @@ def decode_inputs(
             block_tables,
             block_tables.stride(0),
             block_tables.shape[1],
+            params,
             input_ids,
             positions,
             slot_mapping,
             context_lengths,
+            row_params,
             rows,
             BLOCK_SIZE=block_size,
+            PARAMS=params.shape[1],
             BLOCK=_BLOCK,
             num_warps=_BLOCK // 32,
         )
@@ -99,10 +112,12 @@ def decode_inputs_reference(
     token_ids: torch.Tensor,
     block_tables: torch.Tensor,
     block_size: int,
+    params: torch.Tensor,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     context_lengths: torch.Tensor,
+    row_params: torch.Tensor,
 ) -> None:
     """:func:`decode_inputs` by torch's operators."""
     is_row = slots >= 0
@@ -115,6 +130,7 @@ def decode_inputs_reference(
     positions.copy_(position.masked_fill(~is_row, 0))
     slot_mapping.copy_(target.masked_fill(~is_row | (found != position), -1))
     context_lengths.copy_((position + 1).masked_fill(~is_row, 0))
+    row_params.copy_(params[lines].masked_fill(~is_row[:, None], 0))
 
 
 def compile_cases() -> list[dict[str, Any]]:
@@ -124,12 +140,13 @@ def compile_cases() -> list[dict[str, Any]]:
             "kernel": _decode_inputs_kernel,
             "signature": {
                 **dict.fromkeys(("slots", "num_computed", "token_ids", "block_tables", "context_lengths"), "*i32"),
+                **dict.fromkeys(("params", "row_params"), "*i32"),
                 **dict.fromkeys(("input_ids", "positions", "slot_mapping"), "*i64"),
                 **dict.fromkeys(("token_ids_stride", "max_len", "block_tables_stride", "max_blocks", "rows"), "i32"),
                 "BLOCK_SIZE": "constexpr",
-                "BLOCK": "constexpr",
+                **dict.fromkeys(("PARAMS", "BLOCK"), "constexpr"),
             },
-            "constexprs": {"BLOCK_SIZE": 16, "BLOCK": _BLOCK},
+            "constexprs": {"BLOCK_SIZE": 16, "PARAMS": 6, "BLOCK": _BLOCK},
             "num_warps": _BLOCK // 32,
             "num_stages": 1,
             "label": "block size 16",

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+
 _BLOCK = 128
 
 
@@ -20,7 +22,10 @@ def _decode_outputs_kernel(
     sampled,
     rows,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     slot = tl.load(slots + row, mask=inside, other=-1).to(tl.int64)
@@ -64,6 +69,7 @@ def decode_outputs(
             rows,
             BLOCK=_BLOCK,
             num_warps=_BLOCK // 32,
+            **launch_options(slots.device),
         )
 
 
@@ -97,8 +103,9 @@ def compile_cases() -> list[dict[str, Any]]:
                 "tokens": "*i64",
                 **dict.fromkeys(("token_ids_stride", "token_ids_columns", "rows"), "i32"),
                 "BLOCK": "constexpr",
+                "OVERLAPS": "constexpr",
             },
-            "constexprs": {"BLOCK": _BLOCK},
+            "constexprs": {"BLOCK": _BLOCK, "OVERLAPS": False},
             "num_warps": _BLOCK // 32,
             "num_stages": 1,
             "label": "int32 tables",

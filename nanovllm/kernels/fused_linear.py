@@ -10,12 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from nanovllm.kernels.dependent_launch import (
+    bring_into_cache,
+    launch_options,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 from nanovllm.kernels.rms_norm import rms_norm_reference
 
 # Elements of the weight, of the gate's and of the other half together, that a program holds in registers.
 ELEMENTS = 8192
 NUM_WARPS = 2
+PREFETCHES = True
+EARLY = False
 
 
 @triton.jit
@@ -29,6 +36,9 @@ def _fused_linear_kernel(
     residual,
     residual_stride,
     out,
+    upcoming,
+    UPCOMING: tl.constexpr,
+    UPCOMING_LINES: tl.constexpr,
     ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -39,6 +49,7 @@ def _fused_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     output = tl.program_id(0) * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
     column = tl.arange(0, INPUT_TILE)
@@ -53,6 +64,12 @@ def _fused_linear_kernel(
         factors = tl.load(norm_weight + column, mask=is_input, other=0.0).to(tl.float32)
     if HAS_BIAS:
         added = tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)
+    if UPCOMING > 0:
+        bring_into_cache(upcoming, UPCOMING, tl.program_id(0), tl.num_programs(0), UPCOMING_LINES)
+    if EARLY:
+        part = part.to(tl.float32)
+        if GATED:
+            up_part = up_part.to(tl.float32)
     let_next_kernel_start(OVERLAPS)
     wait_for_previous_kernel(OVERLAPS)
 
@@ -85,6 +102,7 @@ def fused_linear(
     residual: torch.Tensor | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
+    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``residual + norm(x) W^T + bias``, or ``silu(gate) * up`` of a ``W`` that holds both, one above the other.
 
@@ -97,6 +115,8 @@ def fused_linear(
         residual: [rows, outputs], of x's dtype, added to the result; the last dimension is packed.
         gated: Whether the weight is that of a gated MLP, the gate's half first.
         out: [rows, outputs], of x's dtype, contiguous: where the result goes; None for a new tensor.
+        upcoming: A weight that is needed after the next kernels. While this one waits, the memory has nothing to do
+            where those two have no more room for what they read: it is asked for what comes then. Contiguous.
 
     Returns:
         [rows, outputs], of x's dtype, rounded between the operations as separate ones would.
@@ -110,7 +130,10 @@ def fused_linear(
     assert out.dtype == x.dtype
     if rows > 0:
         sizes, num_warps = _launch_sizes(inputs, x.element_size(), gated)
-        _fused_linear_kernel[(triton.cdiv(outputs, sizes["OUTPUT_TILE"]),)](
+        options = launch_options(x.device)
+        programs = triton.cdiv(outputs, sizes["OUTPUT_TILE"])
+        length = upcoming.numel() if upcoming is not None and options["OVERLAPS"] and PREFETCHES else 0
+        _fused_linear_kernel[(programs,)](
             x,
             x.stride(0),
             norm_weight,
@@ -120,6 +143,9 @@ def fused_linear(
             residual,
             0 if residual is None else residual.stride(0),
             out,
+            upcoming if length else None,
+            UPCOMING=length,
+            UPCOMING_LINES=_lines_of_a_share(length * x.element_size(), programs),
             ROWS=rows,
             INPUTS=inputs,
             OUTPUTS=outputs,
@@ -128,7 +154,8 @@ def fused_linear(
             HAS_RESIDUAL=residual is not None,
             GATED=gated,
             **sizes,
-            **launch_options(x.device),
+            EARLY=EARLY,
+            **options,
             num_warps=num_warps,
         )
     return out
@@ -143,6 +170,7 @@ def fused_linear_reference(
     residual: torch.Tensor | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
+    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`fused_linear` by torch's operators."""
     if norm_weight is not None:
@@ -153,6 +181,11 @@ def fused_linear_reference(
         y = torch.nn.functional.silu(gate) * up
     y = y if residual is None else y + residual
     return y if out is None else out.copy_(y)
+
+
+def _lines_of_a_share(length: int, shares: int) -> int:
+    """Lines of the second-level cache, rounded up to a power of two, of a share of ``length`` bytes; 0 of nothing."""
+    return triton.next_power_of_2(triton.cdiv(triton.cdiv(length, 128), shares)) if length else 0
 
 
 def _launch_sizes(inputs: int, itemsize: int, gated: bool) -> tuple[dict[str, int], int]:
@@ -166,11 +199,11 @@ def _launch_sizes(inputs: int, itemsize: int, gated: bool) -> tuple[dict[str, in
 
 def compile_cases() -> list[dict[str, Any]]:
     """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    cases = []
+    cases: list[dict[str, Any]] = []
     for dtype, rows, inputs, outputs, flags in (
         ("bf16", 1, 1024, 4096, ("HAS_NORM",)),
-        ("bf16", 1, 2048, 1024, ("HAS_RESIDUAL",)),
-        ("bf16", 4, 1024, 3072, ("HAS_NORM", "GATED")),
+        ("bf16", 1, 2048, 1024, ("HAS_RESIDUAL", "UPCOMING")),
+        ("bf16", 4, 1024, 3072, ("HAS_NORM", "GATED", "UPCOMING")),
         ("bf16", 1, 3072, 1024, ("HAS_RESIDUAL", "HAS_BIAS")),
         ("bf16", 4, 25600, 5120, ("HAS_RESIDUAL",)),
         ("fp32", 2, 1024, 3072, ("HAS_NORM", "GATED")),
@@ -178,8 +211,22 @@ def compile_cases() -> list[dict[str, Any]]:
     ):
         sizes, num_warps = _launch_sizes(inputs, 4 if dtype == "fp32" else 2, "GATED" in flags)
         switches = {name: name in flags for name in ("HAS_NORM", "HAS_BIAS", "HAS_RESIDUAL", "GATED")}
-        constexprs = {"ROWS": rows, "INPUTS": inputs, "OUTPUTS": outputs, **sizes, **switches, "OVERLAPS": False}
-        tensors = ("x", "norm_weight", "weight", "bias", "residual", "out")
+        constexprs = {
+            "ROWS": rows,
+            "INPUTS": inputs,
+            "OUTPUTS": outputs,
+            **sizes,
+            **switches,
+            "OVERLAPS": False,
+            "EARLY": EARLY,
+            "FENCE": FENCE,
+        }
+        constexprs |= (
+            {"UPCOMING": 1 << 22, "UPCOMING_LINES": 256}
+            if "UPCOMING" in flags
+            else {"UPCOMING": 0, "UPCOMING_LINES": 0}
+        )
+        tensors = ("x", "norm_weight", "weight", "bias", "residual", "out", "upcoming")
         cases.append(
             {
                 "kernel": _fused_linear_kernel,

@@ -61,6 +61,7 @@ def _plan_kernel(
     tokens,
     items,
     first_items,
+    arrivals,
     rows,
     capacity,
     wave_items,
@@ -69,9 +70,16 @@ def _plan_kernel(
     MIN_CHUNK: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
+    for first in range(0, capacity * KV_HEADS, 1024):
+        place = first + tl.arange(0, 1024)
+        tl.store(arrivals + place, tl.zeros([1024], dtype=tl.int32), mask=place < capacity * KV_HEADS)
     lane = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS], dtype=tl.int64)
     for first in range(0, rows, ROWS):
@@ -288,7 +296,7 @@ class DecodeWork:
         partial_out: [capacity, num_heads, head_dim], float32.
         partial_lse: [capacity, num_heads], float32: binary logarithm of the sum of the unscaled weights.
         arrivals: [capacity, num_kv_heads], int32: at a row's first item, how many of its items are done; zeros between
-            the layers. Where two programs divide an item's heads, the second ones count at the row's second item.
+            the layers.
     """
 
     rows: int
@@ -337,7 +345,7 @@ def plan_decode(
         tokens=tokens,
         partial_out=torch.empty(capacity, num_heads, head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(capacity, num_heads, dtype=torch.float32, device=device),
-        arrivals=torch.zeros(capacity, num_kv_heads, dtype=torch.int32, device=device),
+        arrivals=torch.empty(capacity, num_kv_heads, dtype=torch.int32, device=device),
     )
     if rows > 0:
         few = rows <= 64
@@ -347,6 +355,7 @@ def plan_decode(
             tokens,
             work.items,
             work.first_items,
+            work.arrivals,
             rows,
             capacity,
             max(1, processors * RESIDENT // num_kv_heads),
@@ -355,9 +364,11 @@ def plan_decode(
             MIN_CHUNK=shortest,
             CHUNK=longest,
             HAS_TOKENS=tokens is not None,
+            KV_HEADS=num_kv_heads,
             ROWS=64 if few else 1024,
             WIDTH=16 if few else 2,
             num_warps=4 if few else 8,
+            **launch_options(device),
         )
     return work
 
@@ -468,14 +479,16 @@ def compile_cases() -> list[dict[str, Any]]:
     case(
         _plan_kernel,
         "plan",
-        dict.fromkeys(("context_lengths", "slots", "tokens", "items", "first_items"), "*i32"),
+        dict.fromkeys(("context_lengths", "slots", "tokens", "items", "first_items", "arrivals"), "*i32"),
         dict.fromkeys(("rows", "capacity", "wave_items", "most_items"), "i32"),
         TILE=TILE,
         MIN_CHUNK=MIN_CHUNK,
         CHUNK=CHUNK,
         HAS_TOKENS=True,
+        KV_HEADS=8,
         ROWS=1024,
         WIDTH=2,
+        OVERLAPS=False,
         num_warps=8,
         num_stages=3,
     )

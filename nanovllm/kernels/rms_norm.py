@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -20,7 +22,10 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
@@ -71,6 +76,7 @@ def rms_norm(
             SIZE=size,
             BLOCK=block,
             HAS_RESIDUAL=residual is not None,
+            **launch_options(x.device),
             num_warps=num_warps,
         )
     return normed, total
@@ -103,7 +109,7 @@ def compile_cases() -> list[dict[str, Any]]:
     ):
         block, num_warps = _launch_sizes(size)
         tensors = dict.fromkeys(("x", "residual", "weight", "normed", "total"), f"*{dtype}")
-        constexprs = {"SIZE": size, "BLOCK": block, "HAS_RESIDUAL": has_residual}
+        constexprs = {"SIZE": size, "BLOCK": block, "HAS_RESIDUAL": has_residual, "OVERLAPS": False}
         cases.append(
             {
                 "kernel": _rms_norm_kernel,

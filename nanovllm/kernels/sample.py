@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
 from nanovllm.layers import noise
 from nanovllm.layers.noise import block_words, exponential_noise, token_words
 from nanovllm.layers.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE
@@ -92,8 +93,11 @@ def _measure_kernel(
     vocab_size,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Largest logits of some blocks of a row, inf if one is NaN, and sums of weights relative to these."""
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -126,8 +130,11 @@ def _draw_kernel(
     vocab_size,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A block of a row, then a token of it."""
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     infinity = float("inf")
     blocks = tl.arange(0, BLOCKS)
@@ -182,6 +189,7 @@ def sample(
         measures = torch.empty((2, rows, tiles * _TILE), dtype=torch.float32, device=logits.device)
         maxima, sums = measures[0], measures[1]
         stride, heat_stride = logits.stride(0), temperature.stride(0)
+        options = launch_options(logits.device)
         _measure_kernel[(rows, tiles)](
             logits,
             stride,
@@ -194,6 +202,7 @@ def sample(
             BLOCK=BLOCK,
             TILE=_TILE,
             num_warps=4,
+            **options,
         )
         _draw_kernel[(rows,)](
             logits,
@@ -212,6 +221,7 @@ def sample(
             BLOCK=BLOCK,
             BLOCKS=triton.next_power_of_2(tiles * _TILE),
             num_warps=4,
+            **options,
         )
     return tokens
 
@@ -246,26 +256,27 @@ def compile_cases() -> list[dict[str, Any]]:
     row_arguments = {"temperature": "*fp32", "temperature_stride": "i32"}
     noise_arguments = {"keys": "*i32", "keys_stride": "i32", "positions": "*i64", "positions_stride": "i32"}
     measures = {"maxima": "*fp32", "sums": "*fp32", "measures_stride": "i32"}
+    overlaps = {"OVERLAPS": "constexpr"}
     cases: list[dict[str, Any]] = []
     for dtype in ("bf16", "fp32"):
         rows = {"logits": f"*{dtype}", "logits_stride": "i32"} | row_arguments
-        tile = {"vocab_size": "i32", "BLOCK": "constexpr", "TILE": "constexpr"}
+        tile = {"vocab_size": "i32", "BLOCK": "constexpr", "TILE": "constexpr"} | overlaps
         cases.append(
             {
                 "kernel": _measure_kernel,
                 "signature": rows | measures | tile,
-                "constexprs": {"BLOCK": BLOCK, "TILE": _TILE},
+                "constexprs": {"BLOCK": BLOCK, "TILE": _TILE, "OVERLAPS": False},
                 "num_warps": 4,
                 "num_stages": 3,
                 "label": f"sample, measure, {dtype}",
             }
         )
-        last = {"tokens": "*i64", "vocab_size": "i32", "BLOCK": "constexpr", "BLOCKS": "constexpr"}
+        last = {"tokens": "*i64", "vocab_size": "i32", "BLOCK": "constexpr", "BLOCKS": "constexpr"} | overlaps
         cases.append(
             {
                 "kernel": _draw_kernel,
                 "signature": rows | noise_arguments | measures | last,
-                "constexprs": {"BLOCK": BLOCK, "BLOCKS": 2048},
+                "constexprs": {"BLOCK": BLOCK, "BLOCKS": 2048, "OVERLAPS": False},
                 "num_warps": 4,
                 "num_stages": 3,
                 "label": f"sample, draw, {dtype}",

@@ -6,11 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+
 _BLOCK = 1024  # of 4 warps: 8 elements a thread, 16 bytes of bfloat16
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up, gate_up_stride, out, N: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(gate_up, gate_up_stride, out, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    let_next_kernel_start(OVERLAPS)
+    wait_for_previous_kernel(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
@@ -36,7 +40,8 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((tokens, n), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() > 0:
         grid = (tokens, triton.cdiv(n, _BLOCK))
-        _silu_and_mul_kernel[grid](gate_up, gate_up.stride(0), out, N=n, BLOCK=_BLOCK, num_warps=4)
+        options = launch_options(gate_up.device)
+        _silu_and_mul_kernel[grid](gate_up, gate_up.stride(0), out, N=n, BLOCK=_BLOCK, num_warps=4, **options)
     return out
 
 
@@ -57,8 +62,9 @@ def compile_cases() -> list[dict[str, Any]]:
                 "out": f"*{dtype}",
                 "N": "constexpr",
                 "BLOCK": "constexpr",
+                "OVERLAPS": "constexpr",
             },
-            "constexprs": {"N": 3072, "BLOCK": _BLOCK},
+            "constexprs": {"N": 3072, "BLOCK": _BLOCK, "OVERLAPS": False},
             "num_warps": 4,
             "num_stages": 1,
             "label": f"{dtype} n 3072",

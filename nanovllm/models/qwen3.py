@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -112,13 +113,14 @@ class Qwen3DecoderLayer(nn.Module):
         rotation: Rotation,
         attention: AttentionStep,
         rows: torch.Tensor | None = None,
+        following: "Qwen3DecoderLayer | None" = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The stream is ``hidden + residual`` before and after; ``hidden`` alone where ``residual`` is None.
 
-        With ``rows`` int64 [n], only those tokens go on after attention.
+        With ``rows`` int64 [n], only those tokens go on after attention. ``following`` is the next layer.
         """
         if self.fused_linear is not None and residual is None and hidden.shape[0] <= kernels.FEW_ROWS:
-            return self._forward_few_rows(self.fused_linear, hidden, rotation, attention, rows), None
+            return self._forward_few_rows(self.fused_linear, hidden, rotation, attention, rows, following), None
         hidden, residual = self.input_layernorm.add(hidden, residual)
         attended = self.self_attn.attend(self.self_attn.qkv_proj(hidden), rotation, attention)
         if rows is not None:
@@ -133,6 +135,7 @@ class Qwen3DecoderLayer(nn.Module):
         rotation: Rotation,
         attention: AttentionStep,
         rows: torch.Tensor | None,
+        following: "Qwen3DecoderLayer | None",
     ) -> torch.Tensor:
         """The same with the norms, the gate and the residual additions inside the products' kernels."""
         attn, mlp, norms = self.self_attn, self.mlp, (self.input_layernorm, self.post_attention_layernorm)
@@ -141,8 +144,12 @@ class Qwen3DecoderLayer(nn.Module):
         attended = attn.attend(qkv, rotation, attention)
         if rows is not None:
             attended, stream = attended.index_select(0, rows), stream.index_select(0, rows)
-        stream = fused_linear(attended, attn.o_proj.weight, attn.o_proj.bias, residual=stream)
-        gated = fused_linear(stream, mlp.gate_up_proj.weight, **second, gated=True)
+        # These two wait while attention computes, which leaves the memory idle.
+        upcoming = None if following is None else following.self_attn.qkv_proj.weight
+        stream = fused_linear(
+            attended, attn.o_proj.weight, attn.o_proj.bias, residual=stream, upcoming=mlp.down_proj.weight
+        )
+        gated = fused_linear(stream, mlp.gate_up_proj.weight, **second, gated=True, upcoming=upcoming)
         return fused_linear(gated, mlp.down_proj.weight, residual=stream)
 
 
@@ -174,9 +181,9 @@ class Qwen3Model(nn.Module):
     ) -> torch.Tensor:
         rotation = self.rotary(positions)  # once a step: all layers turn by the same angles
         hidden, residual = self.embed_tokens(token_ids), None
-        *layers, last = self.layers
-        for layer in layers:
-            hidden, residual = layer(hidden, residual, rotation, attention)
+        last = self.layers[-1]
+        for layer, following in pairwise(self.layers):
+            hidden, residual = layer(hidden, residual, rotation, attention, following=following)
         hidden, residual = last(hidden, residual, rotation, attention, rows)
         return self.norm.add(hidden, residual)[0]
 
