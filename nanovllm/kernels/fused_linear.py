@@ -219,7 +219,6 @@ def compile_cases() -> list[dict[str, Any]]:
             **switches,
             "OVERLAPS": False,
             "EARLY": EARLY,
-            "FENCE": FENCE,
         }
         constexprs |= (
             {"UPCOMING": 1 << 22, "UPCOMING_LINES": 256}
