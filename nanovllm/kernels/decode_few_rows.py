@@ -34,6 +34,10 @@ PROGRAMS_PER_SM = 2
 # Scores of what is not there: finite, so that their differences are numbers.
 _LOWEST = tl.constexpr(-1e30)
 
+# Where what other kernels write is read. A multiprocessor's own cache is emptied when a kernel starts, but not, it
+# seems, when one starts early: it may hold what was at an address before.
+_L2 = tl.constexpr(".cg")
+
 
 @triton.jit
 def _by_line(is_key, of_query, of_key, mask):
@@ -79,13 +83,12 @@ def _combine(
         part = first_part + tl.arange(0, TILE)
         inside = (part < parts)[:, None] & real[None, :]
         place = (first + part)[:, None] * HEADS + head[None, :]  # [parts, heads]
-        # From the second-level cache: other multiprocessors have written them.
-        lse = tl.load(partial_lse + place, mask=inside, other=_LOWEST, cache_modifier=".cg")
+        lse = tl.load(partial_lse + place, mask=inside, other=_LOWEST, cache_modifier=_L2)
         partial = tl.load(
             partial_out + place[:, :, None] * HEAD_DIM + dim[None, None, :],
             mask=inside[:, :, None] & (dim < HEAD_DIM)[None, None, :],
             other=0.0,
-            cache_modifier=".cg",
+            cache_modifier=_L2,
         )
         new_largest = tl.maximum(largest, lse)
         weight = tl.exp2(lse - new_largest)
@@ -152,23 +155,24 @@ def _decode_few_rows_kernel(
     # Lengths, tables and the keys of earlier steps are older than the step's first layer: they can be read at once.
     # Programs that find no item end without waiting: the first one always has an item, and waits.
     index = tl.program_id(0)
-    num_items = tl.load(first_items + rows)
+    num_items = tl.load(first_items + rows, cache_modifier=_L2)
     # The first item is asked for before it is known to be one: the one load need not wait for the other.
-    token, slot, start, end, first_item, parts = load_item(items, capacity, index // KV_HEADS, capacity)
+    token, slot, start, end, first_item, parts = load_item(items, capacity, index // KV_HEADS, capacity, _L2)
     while index < num_items * KV_HEADS:
         item = index // KV_HEADS
         kv_head = index % KV_HEADS
         is_last = (item == first_item + parts - 1) & (end > start)  # with the step's own token, which is not cached yet
         position = start + tl.arange(0, TILE)
         cached = position < tl.where(is_last, end - 1, end)
-        block = tl.load(block_tables + slot * table_stride + position // BLOCK_SIZE, mask=cached, other=0)
+        table = block_tables + slot * table_stride
+        block = tl.load(table + position // BLOCK_SIZE, mask=cached, other=0, cache_modifier=_L2)
         cached_at = block.to(tl.int64) * BLOCK_STRIDE + (position % BLOCK_SIZE) * TOKEN_STRIDE + kv_head * HEAD_STRIDE
         offset = cached_at[:, None] + dim[None, :]
         mask = cached[:, None] & real_dim[None, :]
-        key = tl.load(keys + offset, mask=mask, other=0.0)  # [tokens, dim]
-        value = tl.load(values + offset, mask=mask, other=0.0)
-        target = tl.load(slot_mapping + token)
-        angle = tl.load(positions + token) * half
+        key = tl.load(keys + offset, mask=mask, other=0.0, cache_modifier=_L2)  # [tokens, dim]
+        value = tl.load(values + offset, mask=mask, other=0.0, cache_modifier=_L2)
+        target = tl.load(slot_mapping + token, cache_modifier=_L2)
+        angle = tl.load(positions + token, cache_modifier=_L2) * half
         cosines = tl.load(cos + angle + dim % half, mask=real_dim, other=0.0)
         sines = tl.load(sin + angle + dim % half, mask=real_dim, other=0.0)
         sines = tl.where(dim < half, -sines, sines)
@@ -239,7 +243,7 @@ def _decode_few_rows_kernel(
                     mask=(member < GROUP)[:, None] & real_dim[None, :],
                 )
         index += tl.num_programs(0)
-        token, slot, start, end, first_item, parts = load_item(items, capacity, index // KV_HEADS, num_items)
+        token, slot, start, end, first_item, parts = load_item(items, capacity, index // KV_HEADS, num_items, _L2)
 
 
 def decode_few_rows(
@@ -262,7 +266,7 @@ def decode_few_rows(
     """``qk_norm_rope_store`` and ``paged_decode`` of a step whose rows all have one query, row i that of token i.
 
     Everything but ``qkv`` must have been computed before the last kernel on the stream that was not launched to overlap
-    the one before it.
+    the one before it: this one reads it without waiting.
 
     Args:
         qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim]; the last dimension is packed.

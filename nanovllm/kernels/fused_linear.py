@@ -21,8 +21,8 @@ from nanovllm.kernels.rms_norm import rms_norm_reference
 # Elements of the weight, of the gate's and of the other half together, that a program holds in registers.
 ELEMENTS = 8192
 NUM_WARPS = 2
-PREFETCHES = True
-EARLY = False
+# Bytes that are asked for ahead of their use at most: a second-level cache has room for them besides what it holds.
+MOST_UPCOMING = 16 << 20
 
 
 @triton.jit
@@ -49,7 +49,6 @@ def _fused_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAPS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     output = tl.program_id(0) * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
     column = tl.arange(0, INPUT_TILE)
@@ -66,10 +65,6 @@ def _fused_linear_kernel(
         added = tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)
     if UPCOMING > 0:
         bring_into_cache(upcoming, UPCOMING, tl.program_id(0), tl.num_programs(0), UPCOMING_LINES)
-    if EARLY:
-        part = part.to(tl.float32)
-        if GATED:
-            up_part = up_part.to(tl.float32)
     let_next_kernel_start(OVERLAPS)
     wait_for_previous_kernel(OVERLAPS)
 
@@ -132,7 +127,9 @@ def fused_linear(
         sizes, num_warps = _launch_sizes(inputs, x.element_size(), gated)
         options = launch_options(x.device)
         programs = triton.cdiv(outputs, sizes["OUTPUT_TILE"])
-        length = upcoming.numel() if upcoming is not None and options["OVERLAPS"] and PREFETCHES else 0
+        length = 0
+        if upcoming is not None and options["OVERLAPS"]:
+            length = min(upcoming.numel(), MOST_UPCOMING // upcoming.element_size())
         _fused_linear_kernel[(programs,)](
             x,
             x.stride(0),
@@ -154,7 +151,6 @@ def fused_linear(
             HAS_RESIDUAL=residual is not None,
             GATED=gated,
             **sizes,
-            EARLY=EARLY,
             **options,
             num_warps=num_warps,
         )
@@ -218,7 +214,6 @@ def compile_cases() -> list[dict[str, Any]]:
             **sizes,
             **switches,
             "OVERLAPS": False,
-            "EARLY": EARLY,
         }
         constexprs |= (
             {"UPCOMING": 1 << 22, "UPCOMING_LINES": 256}

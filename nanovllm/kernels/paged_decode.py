@@ -51,6 +51,8 @@ _FIRST = tl.constexpr(4)
 _PARTS = tl.constexpr(5)
 _FIELDS = 6
 
+_ANY_CACHE = tl.constexpr("")
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -73,10 +75,7 @@ def _plan_kernel(
     KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
-    let_next_kernel_start(OVERLAPS)
-    wait_for_previous_kernel(OVERLAPS)
     for first in range(0, capacity * KV_HEADS, 1024):
         place = first + tl.arange(0, 1024)
         tl.store(arrivals + place, tl.zeros([1024], dtype=tl.int32), mask=place < capacity * KV_HEADS)
@@ -122,15 +121,15 @@ def _plan_kernel(
 
 
 @triton.jit
-def load_item(items, capacity, item, num_items):
+def load_item(items, capacity, item, num_items, CACHE: tl.constexpr):
     """What ``DecodeWork.items`` says of an item; nothing of use if it is not one of the first ``num_items``."""
     inside = item < num_items
-    token = tl.load(items + _TOKEN * capacity + item, mask=inside, other=0).to(tl.int64)
-    slot = tl.load(items + _SLOT * capacity + item, mask=inside, other=0).to(tl.int64)
-    start = tl.load(items + _START * capacity + item, mask=inside, other=0)
-    end = tl.load(items + _END * capacity + item, mask=inside, other=0)
-    first_item = tl.load(items + _FIRST * capacity + item, mask=inside, other=0).to(tl.int64)
-    parts = tl.load(items + _PARTS * capacity + item, mask=inside, other=0)
+    token = tl.load(items + _TOKEN * capacity + item, mask=inside, other=0, cache_modifier=CACHE).to(tl.int64)
+    slot = tl.load(items + _SLOT * capacity + item, mask=inside, other=0, cache_modifier=CACHE).to(tl.int64)
+    start = tl.load(items + _START * capacity + item, mask=inside, other=0, cache_modifier=CACHE)
+    end = tl.load(items + _END * capacity + item, mask=inside, other=0, cache_modifier=CACHE)
+    first_item = tl.load(items + _FIRST * capacity + item, mask=inside, other=0, cache_modifier=CACHE).to(tl.int64)
+    parts = tl.load(items + _PARTS * capacity + item, mask=inside, other=0, cache_modifier=CACHE)
     return token, slot, start, end, first_item, parts
 
 
@@ -217,7 +216,7 @@ def _decode_kernel(
     for index in range(tl.program_id(0), num_items * KV_HEADS, tl.num_programs(0)):
         item = index // KV_HEADS
         kv_head = index % KV_HEADS
-        token, slot, start, end, first_item, parts = load_item(items, capacity, item, num_items)
+        token, slot, start, end, first_item, parts = load_item(items, capacity, item, num_items, _ANY_CACHE)
         head = kv_head * GROUP + number
         inside = head[None, :] * HEAD_DIM + dim[:, None]
         query = tl.load(q + token * Q_STRIDE + inside, mask=real, other=0.0)  # [dim, queries]
@@ -368,7 +367,6 @@ def plan_decode(
             ROWS=64 if few else 1024,
             WIDTH=16 if few else 2,
             num_warps=4 if few else 8,
-            **launch_options(device),
         )
     return work
 
@@ -488,7 +486,6 @@ def compile_cases() -> list[dict[str, Any]]:
         KV_HEADS=8,
         ROWS=1024,
         WIDTH=2,
-        OVERLAPS=False,
         num_warps=8,
         num_stages=3,
     )

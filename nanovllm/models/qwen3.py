@@ -105,6 +105,7 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config, parallel, dtype, device)
         # Several ranks add up the products of theirs before the residual stream is added.
         self.fused_linear = kernels.load("fused_linear", device, dtype) if parallel.size == 1 else None
+        self.prefetches = kernels.is_enabled("prefetch")
 
     def forward(
         self,
@@ -144,12 +145,11 @@ class Qwen3DecoderLayer(nn.Module):
         attended = attn.attend(qkv, rotation, attention)
         if rows is not None:
             attended, stream = attended.index_select(0, rows), stream.index_select(0, rows)
-        # These two wait while attention computes, which leaves the memory idle.
-        upcoming = None if following is None else following.self_attn.qkv_proj.weight
-        stream = fused_linear(
-            attended, attn.o_proj.weight, attn.o_proj.bias, residual=stream, upcoming=mlp.down_proj.weight
-        )
-        gated = fused_linear(stream, mlp.gate_up_proj.weight, **second, gated=True, upcoming=upcoming)
+        # The next two wait while attention computes, which leaves the memory idle.
+        down = mlp.down_proj.weight if self.prefetches else None
+        qkv_proj = following.self_attn.qkv_proj.weight if self.prefetches and following is not None else None
+        stream = fused_linear(attended, attn.o_proj.weight, attn.o_proj.bias, residual=stream, upcoming=down)
+        gated = fused_linear(stream, mlp.gate_up_proj.weight, **second, gated=True, upcoming=qkv_proj)
         return fused_linear(gated, mlp.down_proj.weight, residual=stream)
 
 
