@@ -2,9 +2,11 @@
 
 In the repository links lead from file to file. The site has pages besides those in docs/, under other names
 (:data:`PAGES`), and no sources: here links are rewritten to what the site has, and a link to anything else that is in
-the repository becomes its text.
+the repository becomes its text. A page that would load something from the network is a warning, hence with
+``mkdocs build --strict`` an error.
 """
 
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 import griffe
 from mkdocs.structure.files import File
+
+logger = logging.getLogger("mkdocs.docs_site")  # below mkdocs' own, which counts the warnings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Files outside docs/ that the site has, and their names there.
@@ -23,6 +27,7 @@ PAGES = {
 }
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 _CODE = re.compile(r"(^```.*?^```$)", re.M | re.S)
+_LOADED = re.compile(r"""<(?:script|img|iframe|source|link)\b[^>]*?\s(?:src|href)=["']?((?:https?:)?//[^"'\s>]*)""")
 _ROLE = re.compile(r":(?:meth|class|func|mod|data|attr):`([^`]+)`")
 
 
@@ -34,8 +39,19 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Rewrite a page's links, but for those in its code."""
-    uri = page.file.src_uri
+    """Rewrite a page's links."""
+    return rewritten_links(markdown, page.file.src_uri)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Warn of what a page would load from elsewhere."""
+    for address in _LOADED.findall(output):
+        logger.warning("%s would load %s", page.file.src_uri, address)
+    return output
+
+
+def rewritten_links(markdown: str, uri: str) -> str:
+    """The text of the page ``uri`` with links to what the site has; code is left as it is."""
     pieces = _CODE.split(markdown)
     pieces[::2] = [_LINK.sub(lambda link: _rewritten(link, uri), piece) for piece in pieces[::2]]
     return "".join(pieces)
