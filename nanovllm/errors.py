@@ -2,4 +2,7 @@
 
 
 class EngineDeadError(RuntimeError):
-    """A tensor-parallel rank ended, failed or hung. The engine is closed; make a new one."""
+    """A tensor-parallel rank ended, failed or hung; the message says which, and why.
+
+    It is raised by the call that is going on, within seconds. No process is left; close the ``LLM`` and make a new one.
+    """

@@ -29,25 +29,34 @@ class LLM:
     by side. Calls from several threads share the engine's steps.
 
     Args:
-        model: Directory of a Hugging Face checkpoint.
-        tokenizer: Directory of the tokenizer; the model's by default.
+        model: Directory of a checkpoint in the Hugging Face layout: config.json, ``*.safetensors`` (sharded or not),
+            tokenizer.json with tokenizer_config.json, and generation_config.json if there is one.
+        tokenizer: Directory of another tokenizer; the model's by default.
         skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
-        dtype: auto (the checkpoint's), bfloat16, float16 or float32.
+        dtype: Of weights, activations and KV cache: auto, bfloat16, float16, float32, or torch's dtypes. auto is the
+            checkpoint's, but for bfloat16 float16 on MPS before macOS 14, and float32 on a CPU that multiplies bfloat16
+            slowly.
         device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu.
         quantization: None, or int8: weights in eight bits, made of the checkpoint's when it is loaded (on the CPU).
         seed: The noise of requests without a seed of their own derives from this.
-        tensor_parallel_size: Ranks that share the model, each in a process of its own.
+        tensor_parallel_size: Processes that share the model, one a GPU (Linux and macOS); must divide the attention
+            heads.
         tensor_parallel_timeout: Seconds that a rank waits for another within a step before it takes it for hung.
         max_model_len: Most tokens of a sequence, prompt and output together; by default the model's, at most 4096.
         max_num_seqs: Most sequences resident at once.
-        max_num_batched_tokens: Most tokens one step computes; on the CPU at most 512, which is faster there.
+        max_num_batched_tokens: Most tokens one step computes, longer prompts in chunks; on the CPU at most 512, which
+            is faster there.
         gpu_memory_utilization: Share of a CUDA device's memory to use.
-        enforce_eager: Never capture CUDA graphs, nor record steps on the CPU.
+        enforce_eager: Never capture CUDA graphs, nor record steps on the CPU: launch decode steps operation by
+            operation.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
-        hf_overrides: Replaces entries of config.json.
-        attention_backend: auto, or a backend's name.
-        kvcache_block_size: Tokens a KV block; the backend's preferred size by default.
-        num_kvcache_blocks: Size of the KV cache in blocks; from free memory by default.
+        hf_overrides: Replaces entries of config.json, in either of its spellings.
+        attention_backend: auto, which takes the first that fits; triton or flash_attn (CUDA; for the latter
+            ``pip install "nanovllm[flash-attn]" --no-build-isolation``), cpu (numba's kernels), or matmul (any device).
+        kvcache_block_size: Tokens a KV block; by default the backend's: 16, with triton 32, with flash_attn 256.
+        num_kvcache_blocks: Size of the KV cache in blocks. By default from free memory: what ``max_num_seqs`` sequences
+            of ``max_model_len`` can fill, on the CPU at most 40% of the available memory, of which pages are taken only
+            as they are used, and on MPS at most 1,024 blocks or half of the free memory.
 
     Raises:
         TypeError: An argument is unknown or of the wrong type.
@@ -125,11 +134,12 @@ class LLM:
         and the engine is ready for the next call.
 
         Args:
-            prompts: One prompt or a list of them: a string, a list of token ids, or a dictionary with "prompt" or
-                "prompt_token_ids".
+            prompts: One prompt or a list of them: a string, a list of token ids, ``{"prompt": text}``,
+                ``{"prompt_token_ids": ids}``, or what a transformers tokenizer returns for one text. An empty list
+                gives an empty list.
             sampling_params: For all prompts, or a list with one for each; None takes the defaults that the
                 checkpoint's generation_config.json names.
-            use_tqdm: Show a progress bar.
+            use_tqdm: Show a progress bar with prefill and decode tokens a second.
             on_error: "raise" runs nothing if any prompt is bad; "return" runs the good ones and gives for each bad one
                 an output with finish reason "error" and the message in ``error``.
 
@@ -205,7 +215,9 @@ class LLM:
             reason, and that of a request's last completion the whole output.
 
         Raises:
-            As :meth:`generate` does.
+            TypeError: As :meth:`generate` does.
+            ValueError: As :meth:`generate` does.
+            RuntimeError: As :meth:`generate` does.
         """
         prompt_list = as_prompt_list(prompts)
         prepared = self._prepare(prompt_list, _params_list(sampling_params, len(prompt_list)), "raise")
@@ -311,6 +323,10 @@ class LLM:
         """End a request now, with finish reason "abort"; the call that waits for it gets what it has.
 
         May be called from anywhere: another thread, a signal handler, the loop over a stream.
+        ``llm.engine.unfinished_request_ids`` names those that can be ended.
+
+        Args:
+            request_id: The request's name, as its outputs and stream pieces have it.
 
         Returns:
             What it has; None if no such request is unfinished, or if it ends with the step that is running.
@@ -335,14 +351,19 @@ class LLM:
         """Facts and totals since the start.
 
         Returns:
-            device, dtype, attention_backend; num_threads (of the host, in a step); startup_seconds;
-            num_kvcache_blocks, kvcache_block_size (tokens),
-            kvcache_bytes, kvcache_blocks_used, peak_kvcache_blocks_used; waiting_requests, running_requests;
-            output_tokens (sampled); prefill_tokens (computed of prompts, and of outputs again after a preemption) and
-            prefill_seconds (of steps that computed any); decode_tokens and decode_seconds (of steps that only
-            decoded); prompt_tokens, cached_tokens, prefix_hit_rate (their quotient) and finished_requests of the
-            requests that ended; num_preemptions; time_to_first_token and time_per_output_token (after the first) of
-            the latest requests, in seconds, as {"p50": ..., "p90": ..., "p99": ...}, None before there are any.
+            A dictionary.
+
+            - Facts: ``device``, ``dtype``, ``quantization``, ``attention_backend``, ``num_threads`` (of the host, which
+              torch computes with in a step), ``startup_seconds``, ``num_kvcache_blocks``, ``kvcache_block_size``
+              (tokens), ``kvcache_bytes``, ``num_graphs``, ``graph_bytes``, ``graph_capture_seconds``.
+            - What is going on: ``waiting_requests``, ``running_requests``, ``kvcache_blocks_used``.
+            - Totals: ``peak_kvcache_blocks_used``, ``output_tokens`` (sampled), ``prefill_tokens`` (computed of
+              prompts, and of outputs again after a preemption), ``prefill_seconds`` (of steps that computed any),
+              ``decode_tokens``, ``decode_seconds`` (of steps that only decoded), ``num_preemptions``.
+            - Totals of the requests that ended: ``finished_requests``, ``prompt_tokens``, ``cached_tokens``,
+              ``prefix_hit_rate`` (their quotient).
+            - Of the latest requests: ``time_to_first_token`` and ``time_per_output_token`` (after the first), in
+              seconds, as ``{"p50": ..., "p90": ..., "p99": ...}``; None before there are any.
         """
         return self.engine.metrics()
 

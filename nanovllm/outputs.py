@@ -114,7 +114,8 @@ class StreamOutput:
         prompt_index: Position of the prompt among those of the call.
         request_id: The engine's name for the request.
         index: Number of the completion among the request's.
-        text: Text that has become certain since the completion's last piece; all pieces together are its text.
+        text: Text that has become certain since the completion's last piece, never half a character nor what may become
+            a stop string; all pieces together are its text.
         token_ids: Tokens generated since the last piece.
         finish_reason: Why the completion ended, with its last piece; None before.
         output: The whole request, with the last piece of its last completion; None before.

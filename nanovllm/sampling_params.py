@@ -45,7 +45,7 @@ class SamplingParams:
         logit_bias: Token id -> what is added to its logit, in [-100, 100].
         allowed_token_ids: Only these can be sampled.
         bad_words: Words that must not be generated: the token that would complete one, begun in the output, is never
-            sampled.
+            sampled. Spelt with other tokens, they can still appear.
         logits_processors: Callables ``(output token ids, logits) -> logits`` or ``(prompt token ids, output token ids,
             logits) -> logits``, with logits float32 [vocab_size], run in order on the raw logits. One that raises ends
             its request with finish reason "error".
@@ -53,12 +53,15 @@ class SamplingParams:
             request also ends at ``max_model_len``.
         min_tokens: Before so many tokens neither an end-of-sequence token, nor one of ``stop_token_ids``, nor a stop
             string ends the request; the tokens are not sampled.
-        stop: A string, or several, that end the request when its text contains one. Need ``detokenize``.
-        include_stop_str_in_output: Keep the stop string at the end of the text.
-        stop_token_ids: Tokens that end the request besides the checkpoint's end-of-sequence tokens.
+        stop: A string, or several, that end the request when its text contains one; they may span tokens. Need
+            ``detokenize``.
+        include_stop_str_in_output: Keep the stop string at the end of the text, or the text of the token that ended the
+            request.
+        stop_token_ids: Tokens that end the request besides the checkpoint's end-of-sequence tokens; not shown in the
+            text either.
         ignore_eos: Generate past the end-of-sequence tokens.
-        seed: Makes the request's sampling noise repeatable, whatever else runs beside it. ``None`` and -1 derive
-            the noise from the engine's seed and the request's number.
+        seed: Makes the request's sampling noise repeatable, alone or in any batch (its tokens too, but for rounding of
+            the logits). ``None`` and -1 derive the noise from the engine's seed and the request's number.
         logprobs: Give the log-probabilities of each sampled token and of this many of the most likely ones (-1: all),
             of the model's own distribution, before anything above changes it.
         prompt_logprobs: The same of each prompt token but the first.
