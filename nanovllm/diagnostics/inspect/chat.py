@@ -98,8 +98,6 @@ def _answer_end(model: ModelConfig | None, tokenizer: Any, findings: Findings) -
     if not ids or ids[0] not in added:
         return None
     end = str(added[ids[0]]), int(ids[0])
-    if model is not None and ids[0] not in model.eos_token_ids:
-        findings.note(
-            "chat", f"the engine does not stop at {end[0]!r} ({end[1]}), with which the template ends answers"
-        )
+    if model is not None and end[1] not in model.eos_token_ids:
+        findings.note("chat", f"the engine does not stop at {end[0]!r} ({end[1]}), by which the template ends answers")
     return end

@@ -175,8 +175,8 @@ def _rope_source(name: str, values: dict[str, Any], overrides: dict[str, Any]) -
         if spelling is None and alone and found.get(name) is not None:
             spelling = name
         if spelling is not None:
-            used = spelling.removesuffix(".type")
-            return f"{where}: {spelling}", tuple(one for one in spellings if not one.startswith(used))
+            used = spelling.partition(".")[0]
+            return f"{where}: {spelling}", tuple(one for one in spellings if one.partition(".")[0] != used)
     return DEFAULT, tuple(spellings)
 
 

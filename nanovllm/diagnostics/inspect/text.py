@@ -14,7 +14,7 @@ from nanovllm.diagnostics.inspect.support import SupportSection
 from nanovllm.diagnostics.inspect.tokens import TokenizerSection
 
 WIDTH = 120
-_GAP = "  "
+_LEAST = 20  # columns, of the first and the last column
 _TITLES = {
     "config": "Configuration",
     "support": "Support",
@@ -42,24 +42,37 @@ def render(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> list[str]:
-    """Aligned columns; those of ``numeric`` to the right. What is too wide goes on below, in the last column."""
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = (), gap: str = "  "
+) -> list[str]:
+    """Aligned columns; those of ``numeric`` to the right.
+
+    Of a last column that is too wide the rest goes on below; of a first one the middle is left out.
+    """
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    left = sum(widths[:-1]) + len(_GAP) * (len(header) - 1)
-    last = max(20, WIDTH - left)
+    between = len(gap) * (len(header) - 1)
+    last = min(widths[-1], max(_LEAST, WIDTH - sum(widths[:-1]) - between))
+    widths[0] = min(widths[0], max(_LEAST, WIDTH - sum(widths[1:-1]) - last - between))
+    left = sum(widths[:-1]) + between
     lines = []
-    for row in [header, ["-" * width for width in [*widths[:-1], min(widths[-1], last)]], *rows]:
+    for row in [header, ["-" * width for width in [*widths[:-1], last]], *rows]:
+        first, *others = [_cut(row[0], widths[0]), *row[1:]]
         cells = [
             cell.rjust(width) if column in numeric else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for column, (cell, width) in enumerate(zip([first, *others], [*widths[:-1], last], strict=True))
         ]
-        if len(row[-1]) <= last:
-            lines.append(_GAP.join(cells).rstrip())
-            continue
-        pieces = textwrap.wrap(row[-1], last)
-        lines.append(_GAP.join([*cells[:-1], pieces[0]]).rstrip())
+        pieces = textwrap.wrap(row[-1], last) if len(row[-1]) > last else [cells[-1]]
+        lines.append(gap.join([*cells[:-1], pieces[0]]).rstrip())
         lines += [" " * left + piece for piece in pieces[1:]]
     return lines
+
+
+def _cut(text: str, width: int) -> str:
+    """``text``, or its beginning and end."""
+    if len(text) <= width:
+        return text
+    end = (width - 3) // 2
+    return f"{text[: width - 3 - end]}...{text[-end:]}"
 
 
 def _heading(title: str) -> list[str]:
@@ -137,7 +150,7 @@ def _tensors(tensors: Sequence[TensorInfo]) -> list[str]:
     header = ["tensor", "dtype", "shape", "fills", "min", "max", "mean", "std", "zeros"]
     if all(tensor.statistics is None for tensor in tensors):
         return table(header[:4], [row[:4] for row in rows])
-    return table(header, rows, numeric=(4, 5, 6, 7, 8))
+    return table(header, rows, numeric=(4, 5, 6, 7, 8), gap=" ")
 
 
 def _place(tensor: TensorInfo) -> tuple[int, int]:
@@ -156,12 +169,10 @@ def _layer_of(name: str) -> str:
 
 
 def _use(tensor: TensorInfo) -> str:
-    """Which parameter it fills, in short: the whole name is the tensor's own but for what is fused."""
-    if tensor.use != FILLS:
+    """Which parameter it fills, in short: it has the tensor's own name but where several are fused."""
+    if tensor.use != FILLS or tensor.parameter is None:
         return tensor.use
-    assert tensor.parameter is not None
-    parts = tensor.parameter.split(".")
-    return f"{parts[-2]}[{tensor.shard}]" if tensor.shard else parts[-2]
+    return f"{tensor.parameter.split('.')[-2]}[{tensor.shard}]" if tensor.shard else "same name"
 
 
 def _numbers(tensor: TensorInfo) -> list[str]:
