@@ -20,6 +20,7 @@ from nanovllm.diagnostics.inspect.statistics import Statistics, read_statistics
 from nanovllm.diagnostics.inspect.support import model_without_memory
 from nanovllm.diagnostics.inspect.text import WIDTH, render, table
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.kernels import why_no_cpu_kernels
 from nanovllm.utils import memory
 from nanovllm.utils.random_checkpoint import write_random_checkpoint
 from tests.checkpoints import LLAMA3_ROPE, write_checkpoint
@@ -538,6 +539,7 @@ class TestMemory:
         assert two.dtypes[0].kv_bytes_per_token * 2 == one.dtypes[0].kv_bytes_per_token
         assert one.dtypes[0].weight_bytes / 2 < two.dtypes[0].weight_bytes < one.dtypes[0].weight_bytes * 0.6
 
+    @pytest.mark.skipif(why_no_cpu_kernels() is not None, reason=str(why_no_cpu_kernels()))
     @pytest.mark.parametrize("tied", [True, False])
     def test_int8_takes_what_the_engine_packs(self, tmp_path: Path, tied: bool) -> None:
         shape = {"tie_word_embeddings": tied, "vocab_size": 1000, "eos_token_id": 1, "bos_token_id": 2}
