@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
+from nanovllm.attention import AttentionSpec
+from nanovllm.attention.triton import TritonAttention
 from nanovllm.cli import main
+from nanovllm.config import EngineConfig
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.diagnostics.inspect import SECTIONS, Inspection, inspect_checkpoint
 from nanovllm.diagnostics.inspect.findings import by_layer
-from nanovllm.diagnostics.inspect.memory import int8_bytes
+from nanovllm.diagnostics.inspect.memory import _capacity, int8_bytes
 from nanovllm.diagnostics.inspect.statistics import Statistics, read_statistics
-from nanovllm.diagnostics.inspect.support import model_without_memory
+from nanovllm.diagnostics.inspect.support import Placement, model_without_memory
 from nanovllm.diagnostics.inspect.text import WIDTH, render, table
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.kernels import why_no_cpu_kernels
 from nanovllm.utils import memory
+from nanovllm.utils.model_config import load_model_config
 from nanovllm.utils.random_checkpoint import write_random_checkpoint
 from tests.checkpoints import LLAMA3_ROPE, write_checkpoint
 
@@ -302,6 +307,15 @@ class TestDamage:
         assert kind == "unexpected tensor"
         assert "model.layers.0.mlp.extra.weight" in message
 
+    @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3, 4)])
+    def test_an_unexpected_tensor_of_an_odd_shape(self, checkpoint: Path, shape: tuple[int, ...]) -> None:
+        file = shard_of(checkpoint, "model.norm.weight")
+        edit_tensors(file, lambda tensors: tensors.update({"scale": torch.ones(shape)}))
+        kind, _ = the_problem(checkpoint)
+        assert kind == "unexpected tensor"
+        found = inspect_checkpoint(checkpoint, ["parameters"], device="cpu").sections["parameters"].find("scale")
+        assert found.statistics.count == torch.ones(shape).numel()
+
     def test_a_tensor_that_is_there_twice(self, checkpoint: Path) -> None:
         first, second = (shard_of(checkpoint, name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
         assert first != second
@@ -538,6 +552,24 @@ class TestMemory:
         )
         assert two.dtypes[0].kv_bytes_per_token * 2 == one.dtypes[0].kv_bytes_per_token
         assert one.dtypes[0].weight_bytes / 2 < two.dtypes[0].weight_bytes < one.dtypes[0].weight_bytes * 0.6
+
+    def test_on_cuda_weights_tables_and_activations_come_off_the_share(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With a stand-in for the device: nothing is loaded, so nothing but its memory is asked for."""
+        gib = 2**30
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * gib, 10 * gib))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gib)
+        spec = AttentionSpec(4, 4, 2, 64, torch.bfloat16, torch.device("cuda", 0), 32)
+        placement = Placement(spec.device, spec.dtype, 2**16, spec, TritonAttention)
+        config = EngineConfig(model=DEMO_MODEL_PATH, enforce_eager=True)
+        model = load_model_config(DEMO_MODEL_PATH)
+        found = _capacity(config, model, placement, 2 * gib)
+        rotary, logits = 4 * 64 * 2**16, 512 * 1280 * 4
+        assert found.activation_bytes == max(4 * logits, 16384 * (2 * 192 + 3 * 576) * 2)
+        assert found.kv_bytes == 9 * gib - (gib + 2 * gib + rotary) - found.activation_bytes - found.table_bytes
+        assert found.num_blocks == found.kv_bytes // (32 * 2048)
+        assert found.limit == "memory"
+        captured = _capacity(replace(config, enforce_eager=False), model, placement, 2 * gib)
+        assert captured.num_blocks < found.num_blocks  # captured steps keep something, too
 
     @pytest.mark.skipif(why_no_cpu_kernels() is not None, reason=str(why_no_cpu_kernels()))
     @pytest.mark.parametrize("tied", [True, False])

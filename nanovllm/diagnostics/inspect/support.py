@@ -18,6 +18,7 @@ from nanovllm.layers.rotary_embedding import rope_frequencies
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils.model_config import ModelConfig
 
+MOST_RANKS = 64  # of which it is asked whether they can share the model
 META = torch.device("meta")  # where tensors have a shape and no contents
 
 
@@ -42,7 +43,8 @@ class SupportSection:
 
     Args:
         answers: What the engine would use and what it refuses.
-        tensor_parallel: Each number of ranks up to the number of heads, with the reason why it is refused, or "".
+        tensor_parallel: Each number of ranks up to the number of heads, at most ``MOST_RANKS``, with the reason why it
+            is refused, or "".
     """
 
     answers: list[Answer]
@@ -133,9 +135,9 @@ def inspect_support(config: EngineConfig, model: ModelConfig | None, findings: F
             answers.append(Answer(f"attention {name}", None if reason else f"blocks of {size} tokens", reason or ""))
         ask(f"attention {config.attention_backend}", lambda: place(config, model).backend.name)
         ask("quantization int8", lambda: _int8(getattr(torch, dtype), device), config.quantization == "int8")
-    ranks = {size: _why_not_ranks(size, model) for size in range(1, model.num_attention_heads + 1)}
+    ranks = {size: _why_not_ranks(size, model) for size in range(1, min(model.num_attention_heads, MOST_RANKS) + 1)}
     chosen = config.tensor_parallel_size
-    reason = ranks.get(chosen, f"there are {model.num_attention_heads} attention heads")
+    reason = ranks[chosen] if chosen in ranks else _why_not_ranks(chosen, model)
     if reason and model.architecture and not any(answer.reason for answer in answers[:2]):
         findings.problem("support", "unsupported", f"tensor_parallel_size {chosen}: {reason}")
     return SupportSection(answers, ranks)
