@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nanovllm import kernels
-from nanovllm.attention import AttentionSpec, select_backend
+from nanovllm.attention import AttentionBackend, AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata
 from nanovllm.attention.cpu import CpuAttention
 from nanovllm.config import EngineConfig
@@ -183,12 +183,7 @@ class ModelRunner:
         self.attention.warm_up()
 
     def _wants_graphs(self) -> bool:
-        return (
-            self.device.type == "cuda"
-            and self.attention.can_capture
-            and not self.config.enforce_eager
-            and kernels.is_enabled("graphs")
-        )
+        return wants_graphs(self.config, self.device, type(self.attention))
 
     @torch.inference_mode()
     def capture_graphs(self, capture: Capture) -> None:
@@ -395,12 +390,8 @@ class ModelRunner:
 
     def _table_bytes(self) -> int:
         """Bytes of what is allocated after the KV cache: the batch state, and what captured steps need."""
-        tables = BatchState.num_bytes(self.num_slots, self.max_model_len, self.block_size)
-        if not self._wants_graphs():
-            return tables
-        columns = rows_per_rank(self.model_config.vocab_size, self.parallel)
-        buffers = DecodeGraphs.num_bytes(self.num_slots, columns, self.dtype)
-        return tables + buffers + BYTES_PER_GRAPH * len(batch_sizes(self.num_slots))
+        columns = rows_per_rank(self.model_config.vocab_size, self.parallel) if self._wants_graphs() else None
+        return table_bytes(self.num_slots, self.max_model_len, self.block_size, columns, self.dtype)
 
     def _check_tables(self) -> None:
         """Refuse lengths whose tables alone do not fit, before anything large is allocated."""
@@ -415,7 +406,6 @@ class ModelRunner:
     def _size_kv_cache(self) -> int:
         """Blocks of the KV cache: as told, else what memory and the largest possible need allow."""
         block_bytes = self.block_size * self.attention.bytes_per_token()
-        blocks_per_sequence = -(-self.max_model_len // self.block_size)
         if self.config.num_kvcache_blocks is not None:
             wanted = self.config.num_kvcache_blocks
             free = max(0, free_memory(self.device) - self._table_bytes())
@@ -428,15 +418,13 @@ class ModelRunner:
                 )
             return wanted
         peak = self._profile_activations() if self.device.type == "cuda" else 0
-        # The activations of captured steps are kept besides: those of the largest, a row a slot.
-        captured = 2 * peak * self.num_slots // self.config.max_num_batched_tokens if self._wants_graphs() else 0
-        captured = min(captured, peak)
+        captured = captured_activations(peak, self.num_slots, self.config) if self._wants_graphs() else 0
         budget = kv_budget(self.device, peak + captured + self._table_bytes(), self.config.gpu_memory_utilization)
         if self.device.type == "cpu":
             budget //= self.parallel.size
-        num_blocks = min(budget // block_bytes, self.config.max_num_seqs * blocks_per_sequence)
-        if self.device.type == "mps":
-            num_blocks = min(num_blocks, MPS_DEFAULT_BLOCKS)
+        num_blocks = cache_blocks(
+            budget, block_bytes, self.config.max_num_seqs, self.max_model_len, self.block_size, self.device
+        )
         if num_blocks < 1:
             raise ValueError(
                 f"no memory is left for the KV cache on {self.device}: a block of {self.block_size} tokens takes "
@@ -467,6 +455,36 @@ class ModelRunner:
         hidden = self.model(torch.zeros_like(positions), positions, self.attention.begin_step(metadata))
         rows = min(self.config.max_num_seqs, num_tokens)
         return self.model.compute_logits(hidden[:rows])
+
+
+def wants_graphs(config: EngineConfig, device: torch.device, backend: type[AttentionBackend]) -> bool:
+    """Whether decode steps are to be captured in CUDA graphs."""
+    return device.type == "cuda" and backend.can_capture and not config.enforce_eager and kernels.is_enabled("graphs")
+
+
+def table_bytes(num_slots: int, max_model_len: int, block_size: int, columns: int | None, dtype: torch.dtype) -> int:
+    """Bytes of the batch state, and with the ``columns`` of a rank's logits what captured steps need besides."""
+    tables = BatchState.num_bytes(num_slots, max_model_len, block_size)
+    if columns is None:
+        return tables
+    buffers = DecodeGraphs.num_bytes(num_slots, columns, dtype)
+    return tables + buffers + BYTES_PER_GRAPH * len(batch_sizes(num_slots))
+
+
+def captured_activations(peak: int, num_slots: int, config: EngineConfig) -> int:
+    """Bytes of the activations that captured steps keep: those of the largest, a row a slot.
+
+    ``peak`` is what a step of ``max_num_batched_tokens`` takes.
+    """
+    return min(2 * peak * num_slots // config.max_num_batched_tokens, peak)
+
+
+def cache_blocks(
+    budget: int, block_bytes: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+) -> int:
+    """KV blocks that ``budget`` bytes hold, and that the largest possible need asks for."""
+    num_blocks = min(budget // block_bytes, max_num_seqs * -(-max_model_len // block_size))
+    return min(num_blocks, MPS_DEFAULT_BLOCKS) if device.type == "mps" else num_blocks
 
 
 def worst_case_sampling(logits: torch.Tensor) -> SamplingRows:

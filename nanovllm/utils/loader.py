@@ -176,7 +176,7 @@ def find_shards(path: str) -> list[str]:
 
 def checkpoint_dtype(path: str) -> str:
     """Name of the dtype of a checkpoint's first tensor, for a config.json that names none."""
-    with _open(find_shards(path)[0]) as file:
+    with open_shard(find_shards(path)[0]) as file:
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
             return _SAFETENSORS_DTYPES.get(file.get_slice(name).get_dtype(), "float32")
     return "float32"
@@ -210,7 +210,7 @@ def load_weights(model: nn.Module, path: str, resolve: Callable[[str], tuple[str
 
     for shard_path in find_shards(path):
         # safetensors makes its tensors on torch's default device, which may be another, or none at all ("meta")
-        with torch.device("cpu"), _open(shard_path) as file:
+        with torch.device("cpu"), open_shard(shard_path) as file:
             for name in file.keys():  # noqa: SIM118
                 target = resolve(name)
                 if target is None:
@@ -225,7 +225,7 @@ def load_weights(model: nn.Module, path: str, resolve: Callable[[str], tuple[str
     problems["missing"] = [f"{name}[{shard}]" if shard else name for name, shard in wanted]
     if not any(problems.values()):
         for shard_path, name, target in copies:  # last: what they must equal may come after them, in another file
-            with torch.device("cpu"), _open(shard_path) as file:
+            with torch.device("cpu"), open_shard(shard_path) as file:
                 load(file, name, target)
     lists = [f"{kind}: {'; '.join(sorted(names))}" for kind, names in problems.items() if names]
     if lists:
@@ -235,7 +235,7 @@ def load_weights(model: nn.Module, path: str, resolve: Callable[[str], tuple[str
         )
 
 
-def _open(path: str) -> Any:
+def open_shard(path: str) -> Any:
     """Open a safetensors file; ValueError naming it if it is damaged."""
     try:
         return safe_open(path, framework="pt")

@@ -1,0 +1,45 @@
+"""``nanovllm inspect``: what a checkpoint holds, how the engine understands it, and what is wrong with it."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from nanovllm.cli.options import add_command, add_model_options, model_arguments
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "inspect",
+        "look into a checkpoint and list what is wrong with it",
+        "Show a checkpoint's configuration, parameters, memory, tokenizer and chat template as the engine understands "
+        "them, without loading it. Exit code 1 when something is wrong with it: the last section lists the problems.",
+        "nanovllm inspect --model Qwen3-0.6B\n"
+        "nanovllm inspect --model Qwen3-0.6B --section parameters memory --no-statistics\n"
+        "nanovllm inspect --model Qwen3-0.6B --json > report.json",
+    )
+    add = parser.add_argument
+    add(
+        "--section",
+        nargs="+",
+        metavar="NAME",
+        help="only these: config, support, parameters, memory, tokenizer, chat (default: all); only what they look at "
+        "can be a problem",
+    )
+    add("--no-statistics", action="store_true", help="read the tensors' names, dtypes and shapes, not their numbers")
+    add("--json", action="store_true", help="print JSON")
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nanovllm.diagnostics.inspect import inspect_checkpoint
+    from nanovllm.diagnostics.inspect.text import render
+
+    arguments = model_arguments(args)
+    found = inspect_checkpoint(arguments.pop("model"), args.section, statistics=not args.no_statistics, **arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character must not end the command
+    print(json.dumps(found.to_json(), indent=2) if args.json else render(found))
+    return 1 if found.problems else 0
