@@ -1,13 +1,12 @@
 """The options of ``bench.py`` and ``nanovllm bench``. Needs no other engine, so that help is given at once."""
 
 import argparse
-import os
 from pathlib import Path
 
 from nanovllm.benchmarks.compare import COMPARED_SHAPE, compared_names
 from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS
 from nanovllm.benchmarks.workloads import PRESETS, Workload, length_range, whole_number
-from nanovllm.utils.random_checkpoint import SHAPES
+from nanovllm.utils.random_checkpoint import SHAPES, default_cache
 
 ENGINE_NAMES = ("nanovllm", "one-rank", "hf", "hf-cb")
 SUMMARY = "output tokens a second on random token ids, every request run to its full length"
@@ -58,10 +57,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint folder")
     shapes = "bfloat16, written on first use (0.6b: 1.2 GB), without a download"
     which.add_argument("--random-weights", choices=SHAPES, type=str.lower, help=shapes)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm" / "random-weights"
     cache_help = "where random weights are kept for the next run (default: %(default)s)"
     add = group.add_argument
-    add("--weights-cache", type=Path, default=cache, metavar="DIR", help=cache_help)
+    add("--weights-cache", type=Path, default=default_cache(), metavar="DIR", help=cache_help)
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
 
