@@ -107,7 +107,7 @@ class EngineConfig:
             path = getattr(self, name)
             if path is not None and not os.path.isdir(path):
                 how = "give the path of a downloaded Hugging Face checkpoint"
-                if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not os.path.exists(path):  # a name of the hub's
+                if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not os.path.exists(path.split("/")[0]):
                     how = f"download it first: nanovllm download {path}, then {name}={path.split('/')[1]!r}"
                 raise ValueError(f"{name} is {path!r}, which is not a directory; {how}")
 

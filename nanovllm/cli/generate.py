@@ -121,14 +121,14 @@ def _chat_prompt(llm: "LLM", args: argparse.Namespace, text: str) -> Any:
 def _print_stream(llm: "LLM", prompt: Any, params: "SamplingParams") -> "RequestOutput":
     """Print a completion as it is made."""
     output = None
-    ends_line = False
+    is_open = False  # a line
     try:
         for piece in llm.stream(prompt, params):
             print(piece.text, end="", flush=True)
-            ends_line = piece.text.endswith("\n") if piece.text else ends_line
+            is_open = not piece.text.endswith("\n") if piece.text else is_open
             output = piece.output
     finally:
-        if not ends_line:
+        if is_open:
             print(flush=True)
     assert output is not None
     return output
