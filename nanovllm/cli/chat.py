@@ -143,7 +143,7 @@ class Chat:
         if len(self.session.turns) > turns and self.session.turns[-1].finish_reason == "length":
             print(f"(cut off after {self.session.turns[-1].output_tokens} tokens: {self._why_cut()})")
         if not kept:
-            print("(there is no answer but thinking, if that: the conversation goes on as if this had not been asked)")
+            print("(no answer: the conversation goes on as if this had not been asked)")
 
     def _print(self, message: str) -> None:
         was_thought, newlines = False, -1  # at the end of what was written; -1: nothing was
