@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -103,8 +103,8 @@ def test_a_download_that_was_cut_off_resumes_where_it_stopped(
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.file_download.time.sleep", interrupted)  # before it would try again
-        assert main(["download", NAME]) == 130
-    assert "interrupted; the same command resumes" in capsys.readouterr().err
+        assert main(["download", NAME]) in (130, 2)  # 2 of a huggingface_hub that does not try again
+    assert "the same command resumes" in capsys.readouterr().err
     [unfinished] = Path("Demo-2M").glob("*.incomplete")
     assert unfinished.stat().st_size == 3_000_000
     assert main(["download", NAME]) == 0
