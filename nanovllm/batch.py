@@ -37,6 +37,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.progress import ProgressBar
 
 FSYNC_SECONDS = 1.0
+NAMED_ERRORS = 10  # rows that a summary names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,14 +46,16 @@ class BatchSummary:
 
     Args:
         num_rows: Rows of the input.
-        num_skipped: Rows that were done before.
+        num_skipped: Rows that were done before, error rows among them.
+        num_skipped_errors: Those of them that are error rows.
         num_answered: Rows answered now.
         num_errors: Rows that became error rows now.
         num_cut_off: Rows answered now of which a completion ended at ``max_tokens`` or ``max_model_len``.
         prompt_tokens: Of the rows answered now.
         output_tokens: Generated now.
         seconds: What this run took, without loading the model.
-        first_error: The first error row's message; None without one.
+        first_error: The message of the first row that became an error row now; None without one.
+        skipped_error_ids: The ids of those that are error rows, of the first ten at most.
     """
 
     num_rows: int
@@ -64,6 +67,8 @@ class BatchSummary:
     output_tokens: int
     seconds: float
     first_error: str | None = None
+    num_skipped_errors: int = 0
+    skipped_error_ids: tuple[str, ...] = ()
 
 
 def run_batch(
@@ -163,6 +168,8 @@ class BatchJob:
             output_tokens=run.output_tokens,
             seconds=time.perf_counter() - started,
             first_error=run.first_error,
+            num_skipped_errors=run.num_skipped_errors,
+            skipped_error_ids=tuple(run.skipped_error_ids),
         )
 
     def close(self) -> None:
@@ -191,9 +198,10 @@ class _Run:
         self.llm, self.input_path, self.output, self.bar = llm, input_path, output, bar
         self.defaults, self.template_kwargs = defaults, template_kwargs
         self.context, self.model = engine_context(llm), Path(llm.engine.config.model).name
-        self.num_skipped = self.num_answered = self.num_errors = self.num_cut_off = 0
+        self.num_skipped = self.num_skipped_errors = self.num_answered = self.num_errors = self.num_cut_off = 0
         self.prompt_tokens = self.output_tokens = 0
         self.first_error: str | None = None
+        self.skipped_error_ids: list[str] = []
         self._running: dict[int, BatchRow] = {}  # by number of the prompt; no more than the engine has taken
         self._num_taken = 0
 
@@ -211,6 +219,10 @@ class _Run:
                 row.digest = row.digest or hash_of(row.row_id, line.decode("latin-1"), self.context)
             if self.output.is_done(row.digest):
                 self.num_skipped += 1
+                if self.output.is_error(row.digest):
+                    self.num_skipped_errors += 1
+                    if len(self.skipped_error_ids) < NAMED_ERRORS:
+                        self.skipped_error_ids.append(str(row.row_id))
                 self.bar.skip()
             elif error is not None:
                 self._fail(row, "invalid_request_error", error)
@@ -278,7 +290,7 @@ class _Output:
         self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115  (closed by close())
         try:
             _lock(self._file, path)
-            self._done = self._read(retry_errors)
+            self._done, self._failed = self._read(retry_errors)
         except BaseException:
             self._file.close()
             raise
@@ -286,9 +298,11 @@ class _Output:
 
     def is_done(self, digest: str) -> bool:
         """Whether the row with this hash needs not be run."""
-        key = bytes.fromhex(digest).rstrip(b"\0")  # numpy drops zeros at the end
-        place = int(np.searchsorted(self._done, np.bytes_(key)))
-        return place < len(self._done) and bytes(self._done[place]) == key
+        return _holds(self._done, digest)
+
+    def is_error(self, digest: str) -> bool:
+        """Whether the row with this hash is done, and an error row."""
+        return _holds(self._failed, digest)
 
     def append(self, line: dict[str, Any]) -> None:
         """Write a line."""
@@ -314,8 +328,8 @@ class _Output:
             finally:
                 self._file.close()
 
-    def _read(self, retry_errors: bool) -> np.ndarray:
-        """Sorted hashes of the rows that are done: 16 bytes a row, or a long job would not fit into memory.
+    def _read(self, retry_errors: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted hashes of the rows that are done, and of those that are errors: 16 bytes a row, for jobs are long.
 
         Raises:
             ValueError: The file is not a batch job's. It is left as it is.
@@ -348,9 +362,18 @@ class _Output:
             self._file.flush()
         _, last = np.unique(np.frombuffer(ids, "S16")[::-1], return_index=True)
         last = len(hashes) // 16 - 1 - last
-        if retry_errors:
-            last = last[np.frombuffer(failed, bool)[last] == 0]
-        return np.sort(np.frombuffer(hashes, "S16")[last])
+        is_error = np.frombuffer(failed, bool)[last]
+        errors = last[is_error & (not retry_errors)]
+        done = last[~is_error] if retry_errors else last
+        all_hashes = np.frombuffer(hashes, "S16")
+        return np.sort(all_hashes[done]), np.sort(all_hashes[errors])
+
+
+def _holds(hashes: np.ndarray, digest: str) -> bool:
+    """Whether a hash is among sorted ones."""
+    key = bytes.fromhex(digest).rstrip(b"\0")  # numpy drops zeros at the end
+    place = int(np.searchsorted(hashes, np.bytes_(key)))
+    return place < len(hashes) and bytes(hashes[place]) == key
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

@@ -106,10 +106,10 @@ class EngineConfig:
         for name in ("model", "tokenizer"):
             path = getattr(self, name)
             if path is not None and not os.path.isdir(path):
-                raise ValueError(
-                    f"{name} is {path!r}, which is not a directory; give the path of a downloaded "
-                    "Hugging Face checkpoint"
-                )
+                how = "give the path of a downloaded Hugging Face checkpoint"
+                if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not os.path.exists(path.split("/")[0]):
+                    how = f"download it first: nanovllm download {path}, then {name}={path.split('/')[1]!r}"
+                raise ValueError(f"{name} is {path!r}, which is not a directory; {how}")
 
     @classmethod
     def from_arguments(cls, model: str | os.PathLike[str], **arguments: Any) -> "EngineConfig":

@@ -1,5 +1,6 @@
 """The facade a user calls."""
 
+import difflib
 import inspect
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
@@ -10,7 +11,7 @@ from nanovllm.engine import calls
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.prompts import Prompt, as_prompt_list
 from nanovllm.engine.request import PreparedRequest
-from nanovllm.engine.tokenizer import ChatOptions, as_conversations, check_conversation, render_chat
+from nanovllm.engine.tokenizer import ChatOptions, as_conversations, check_conversation, render_chat, template_options
 from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import unknown_argument
@@ -88,6 +89,8 @@ class LLM:
         num_kvcache_blocks: int | None = None,
         **unknown: Any,
     ) -> None:
+        for name in unknown.keys() & SamplingParams.__dataclass_fields__.keys():
+            raise TypeError(f"LLM has no argument {name!r}; it goes into SamplingParams({name}=...)")
         config = EngineConfig.from_arguments(
             model,
             tokenizer=tokenizer,
@@ -151,7 +154,7 @@ class LLM:
             ValueError: A prompt is empty or does not fit, or there are not as many parameters as prompts.
             RuntimeError: The engine was closed, or a step failed in another thread, while the call ran.
         """
-        _no_unknown(self.generate, unknown)
+        self._no_unknown(self.generate, unknown)
         prompt_list = as_prompt_list(prompts)
         return self._generate(prompt_list, _params_list(sampling_params, len(prompt_list)), use_tqdm, on_error)
 
@@ -181,7 +184,7 @@ class LLM:
             TypeError: A message or parameter has the wrong type.
             ValueError: The template refuses a conversation, or as :meth:`generate` does.
         """
-        _no_unknown(self.chat, options, ChatOptions.__optional_keys__)
+        self._no_unknown(self.chat, options, ChatOptions.__optional_keys__)
         _check_on_error(on_error)
         prompts = self._render(messages, options)
         return self._generate(prompts, _params_list(sampling_params, len(prompts)), use_tqdm, on_error)
@@ -191,7 +194,7 @@ class LLM:
 
         Arguments and errors are those of :meth:`chat`.
         """
-        _no_unknown(self.render_chat, options, ChatOptions.__optional_keys__)
+        self._no_unknown(self.render_chat, options, ChatOptions.__optional_keys__)
         prompts = self._render(messages, options)
         for prompt in prompts:
             if isinstance(prompt, Exception):
@@ -231,7 +234,7 @@ class LLM:
         Arguments are those of :meth:`chat`; pieces and errors are those of :meth:`stream`, whose ``prompt_index`` here
         tells the conversation.
         """
-        _no_unknown(self.stream_chat, options, ChatOptions.__optional_keys__)
+        self._no_unknown(self.stream_chat, options, ChatOptions.__optional_keys__)
         return self.stream(self.render_chat(messages, **options), sampling_params)
 
     def generate_iter(
@@ -383,6 +386,35 @@ class LLM:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _no_unknown(
+        self, method: Callable[..., Any], gathered: Mapping[str, Any], known: Set[str] = frozenset()
+    ) -> None:
+        """TypeError, saying where it belongs, if a method that gathers keywords was given any not ``known``."""
+        for name in [name for name in gathered if name not in known]:
+            parameters = inspect.signature(method).parameters.values()
+            named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+            where = f"{method.__name__} has no argument {name!r}"
+            if name in SamplingParams.__dataclass_fields__ and "sampling_params" in named:
+                raise TypeError(f"{where}; it goes into SamplingParams({name}=...)")
+            if name in EngineConfig.__dataclass_fields__:
+                raise TypeError(f"{where}; it is the engine's: LLM({name}=...)")
+            if option := self._template_option(name):
+                right = f"chat_template_kwargs={{{option!r}: {gathered[name]!r}}}"
+                spelt = (
+                    "it goes to the chat template" if option == name else "did you mean an option of the chat template"
+                )
+                right = right if known else f"chat(..., {right})"
+                raise TypeError(f"{where}; {spelt}: {right}")
+            if not known and name in ChatOptions.__optional_keys__:
+                raise TypeError(f"{where}; it is chat's, which takes messages: chat(..., {name}=...)")
+            raise unknown_argument(method.__name__, name, [*named, *known])
+
+    def _template_option(self, name: str) -> str | None:
+        """The option of the chat template that is called so, or nearly so; None if there is none."""
+        tokenizer = None if self._engine is None else self._engine.tokenizer
+        options = template_options(tokenizer) or () if tokenizer is not None else ()
+        return next(iter(difflib.get_close_matches(name, options, n=1, cutoff=0.8)), None)
+
     def _render(self, messages: Any, options: ChatOptions) -> list[Any]:
         """For each conversation its prompt, or what is wrong with it."""
         tokenizer = self.get_tokenizer()
@@ -412,16 +444,6 @@ class LLM:
             if isinstance(request, Exception) and on_error == "raise":
                 raise request
         return prepared
-
-
-def _no_unknown(method: Callable[..., Any], gathered: Mapping[str, Any], known: Set[str] = frozenset()) -> None:
-    """TypeError if a method that gathers keywords was given any that are not ``known``."""
-    for name in gathered.keys() - known:
-        parameters = inspect.signature(method).parameters.values()
-        named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        if name in SamplingParams.__dataclass_fields__ and "sampling_params" in named:
-            raise TypeError(f"{method.__name__} has no argument {name!r}; it goes into SamplingParams({name}=...)")
-        raise unknown_argument(method.__name__, name, [*named, *known])
 
 
 def _check_on_error(on_error: str) -> None:

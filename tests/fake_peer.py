@@ -1,4 +1,4 @@
-"""An engine that generates nothing, in a process of its own: it speaks bench.py's protocol and fails as it is told.
+"""An engine that generates nothing, in a process of its own: it speaks the protocol and fails as it is told.
 
 Its settings, or the JSON in the variable FAKE_PEER, may have: ``journal``, a file for a line an event; ``seconds``
 that a run takes; ``beat``, to write to the journal all the time, from here and from a process below; ``escape``, to
@@ -6,15 +6,17 @@ start a process in a session of its own; ``load_error``; and, by a run's number 
 ``die_on``, ``hang_on`` and ``short_on``.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.protocol import serve
+PROTOCOL = Path(__file__).parent.parent / "nanovllm" / "benchmarks" / "peers" / "protocol.py"
 
 BEAT = """
 import os, sys, time
@@ -22,6 +24,16 @@ while True:
     os.write(1, (sys.argv[1] + " beats" + chr(10)).encode())
     time.sleep(0.005)
 """
+
+
+def load_serve() -> Any:
+    """The protocol's ``serve``, without the package, which takes seconds to import."""
+    spec = importlib.util.spec_from_file_location("protocol", PROTOCOL)
+    assert spec is not None
+    assert spec.loader is not None
+    protocol = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(protocol)
+    return protocol.serve
 
 
 class FakePeer:
@@ -72,4 +84,4 @@ class FakePeer:
 
 
 if __name__ == "__main__":
-    serve(FakePeer)
+    load_serve()(FakePeer)

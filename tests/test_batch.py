@@ -524,8 +524,25 @@ def test_the_command_runs_a_job(files: Files, capsys: pytest.CaptureFixture[str]
     assert main(argv) == 0
     assert files.by_id()["line-1"]["text"] == "12 + 30 = 42"
     assert "2 rows: 1 answered, 1 errors, 0 done before" in capsys.readouterr().err
+    assert main(argv) == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "error rows of earlier runs: line-2 (--retry-errors runs them again)",
+        "2 rows: 0 answered, 0 errors, 2 done before (1 of them errors); 0 prompt + 0 output tokens in 0.0 s "
+        "(0 output tok/s)",
+    ]
     assert main([*argv, "--retry-errors"]) == 0
     assert "2 rows: 0 answered, 1 errors, 1 done before" in capsys.readouterr().err
+
+
+def test_error_rows_of_earlier_runs_are_counted_and_the_first_are_named(files: Files) -> None:
+    files.put(*[{"prompt": "a", "temperature": -1, "id": f"bad-{number}"} for number in range(12)], {"prompt": "a"})
+    first = run_batch(StubLLM(), files.input, files.output, use_tqdm=False)  # type: ignore[arg-type]
+    assert (first.num_errors, first.num_skipped_errors, first.skipped_error_ids) == (12, 0, ())
+    again = run_batch(StubLLM(), files.input, files.output, use_tqdm=False)  # type: ignore[arg-type]
+    assert (again.num_errors, again.num_skipped, again.num_skipped_errors) == (0, 13, 12)
+    assert again.skipped_error_ids == tuple(f"bad-{number}" for number in range(10))
+    retried = run_batch(StubLLM(), files.input, files.output, retry_errors=True, use_tqdm=False)  # type: ignore[arg-type]
+    assert (retried.num_errors, retried.num_skipped, retried.num_skipped_errors) == (12, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """bench.py draws fixed workloads, measures honestly and says in one line what it cannot do."""
 
-import importlib.util
 import json
 import math
+import re
+import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import nanovllm.benchmarks.bench
+from nanovllm.cli import main as command
+from nanovllm.utils import environment
 from nanovllm.utils.random_checkpoint import (
     SHAPES,
     cached_random_checkpoint,
@@ -53,16 +59,12 @@ PUBLISHED_KEYS = [
 ]
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    """The script at the top of the repository, as a module."""
-    spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "bench.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return nanovllm.benchmarks.bench
 
 
 @pytest.fixture(scope="module")
@@ -538,3 +540,67 @@ def test_unknown_shapes_entries_and_dtypes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dtype is torch\.int8; choose from torch\.bfloat16"):
         write_random_checkpoint(tmp_path, "tiny", dtype=torch.int8)
     assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------- the script, the command
+
+
+def options_of(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]+", text.partition("Throughput")[0].partition("Measure")[0]))
+
+
+def test_the_script_and_the_command_take_the_same_options(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "bench.py"), "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "bench.py"), run_name="__main__")
+    script = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        command(["bench", "--help"])
+    own = capsys.readouterr().out
+    assert options_of(script) == options_of(own)
+    assert len(options_of(own)) > 25
+    assert "python bench.py --preset mini" in script
+    assert "nanovllm bench --preset mini" in own
+    assert "python bench.py" not in own
+
+
+def test_the_command_measures_and_writes_what_the_script_writes(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.json"
+    assert command(["bench", *tiny, "--workload", "2:5-5:4-4", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["workloads"][0]["output_tokens"] == 8
+    assert report["options"]["engine"] == ["nanovllm"]
+    assert "run" not in report["options"]
+    assert "8 output tokens" in capsys.readouterr().out
+
+
+def test_the_command_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["bench", "--preset", "mini", "--workload", "2:5-5:4-4"]) == 2
+    assert capsys.readouterr().err == "nanovllm: error: --workload and --preset exclude each other\n"
+    with pytest.raises(SystemExit, match="2"):
+        command(["bench", "--engine", "hg"])
+    line = capsys.readouterr().err
+    assert "invalid choice: 'hg' (choose from nanovllm, one-rank, hf, hf-cb)" in line
+    assert line.count("\n") == 1
+
+
+def test_the_engines_that_can_be_named_are_those_there_are(bench: ModuleType) -> None:
+    assert list(bench.ENGINES) == list(nanovllm.benchmarks.options.ENGINE_NAMES)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_the_checkout_the_package_is_in_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "nanovllm/utils/environment.py"))
+    assert re.fullmatch("[0-9a-f]{10}", environment.versions()["commit"] or "")
+    installed = tmp_path / ".venv/lib/site-packages/nanovllm/utils/environment.py"  # within somebody's checkout
+    monkeypatch.setattr(environment, "__file__", str(installed))
+    assert environment.versions()["commit"] is None

@@ -15,11 +15,10 @@ import numpy as np
 import psutil
 import pytest
 
-import bench
-from benchmarks import compare, plot, report
-from benchmarks.compare import Comparison
-from benchmarks.engine_process import EngineSpec
-from benchmarks.workloads import Requests, Workload
+from nanovllm.benchmarks import bench, compare, plot, report
+from nanovllm.benchmarks.compare import Comparison
+from nanovllm.benchmarks.engine_process import EngineSpec
+from nanovllm.benchmarks.workloads import Requests, Workload
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint
 from tests.test_engine_process import fake_spec, noted_processes, wait_until_gone
 
@@ -389,7 +388,7 @@ def test_variants_of_nanovllm_are_named_after_their_quantization() -> None:
 def test_peers_run_in_their_environments_without_this_one_s_paths(peers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/of/this/environment")
     spec = compare.peer_spec("llama-q8", peers, "tiny", {"seed": 5})
-    assert spec.command == [str(peers / "llama" / "bin" / "python"), "-m", "benchmarks.peers.run_llama"]
+    assert spec.command == [str(peers / "llama" / "bin" / "python"), str(compare.LAUNCHER), "run_llama"]
     assert spec.settings == {"seed": 5, "model": str(peers / "tiny-q8_0.gguf")}
     assert spec.environment is not None
     assert "PYTHONPATH" not in spec.environment
@@ -486,7 +485,7 @@ def test_a_plot_names_workloads_engines_and_figures(tmp_path: Path) -> None:
 def test_a_plot_can_be_drawn_again_from_the_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "f.json").write_text(json.dumps(found()))
-    command = [sys.executable, "-m", "benchmarks.plot", str(tmp_path / "f.json"), str(tmp_path / "f.png")]
+    command = [sys.executable, "-m", "nanovllm.benchmarks.plot", str(tmp_path / "f.json"), str(tmp_path / "f.png")]
     subprocess.run(command, cwd=ROOT, check=True)
     assert (tmp_path / "f.png").exists()
     with pytest.raises(ValueError, match="no workload has been measured"):

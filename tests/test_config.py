@@ -117,7 +117,8 @@ class TestValidation:
             ("gpu_memory_utilization", 90, "finite number from 0.01 to 1.0"),
             ("gpu_memory_utilization", math.nan, "finite number from 0.01 to 1.0"),
             ("model", "/no/such/folder", "not a directory; give the path of a downloaded"),
-            ("model", "org/name", "not a directory; give the path of a downloaded"),
+            ("model", "org/name", "not a directory; download it first: nanovllm download org/name, then model='name'"),
+            ("model", "./org/name", "not a directory; give the path of a downloaded"),
             ("tokenizer", "/no/such/folder", "not a directory; give the path of a downloaded"),
         ],
     )
@@ -248,6 +249,8 @@ class TestValidation:
             ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'"),
             ("enforce_eagre", "did you mean 'enforce_eager'"),
             ("xyzzy", "known arguments: .*attention_backend.*tokenizer"),
+            ("temperature", r"it goes into SamplingParams\(temperature=\.\.\.\)"),
+            ("enable_thinking", r"it goes into chat\(\.\.\., chat_template_kwargs=\{'enable_thinking': \.\.\.\}\)"),
         ],
     )
     def test_unknown_arguments_are_refused_with_the_nearest(self, here: str, wrong: str, hint: str) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.engine_process import EngineError, EngineProcess, EngineSpec
-from benchmarks.workloads import Requests
+from nanovllm.benchmarks.engine_process import EngineError, EngineProcess, EngineSpec
+from nanovllm.benchmarks.workloads import Requests
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="engines are stopped with POSIX signals")
 
@@ -213,7 +213,7 @@ def test_an_engine_may_end_by_itself(started: Any, journal: Path) -> None:
 OWNER = """
 import sys, time
 from pathlib import Path
-from benchmarks.engine_process import EngineProcess, EngineSpec
+from nanovllm.benchmarks.engine_process import EngineProcess, EngineSpec
 settings = {"name": "orphan", "journal": sys.argv[1], "beat": True}
 spec = EngineSpec("orphan", [sys.executable, "-m", "tests.fake_peer"], settings, Path.cwd())
 engine = EngineProcess(spec, Path(sys.argv[1] + ".log"), 60.0)

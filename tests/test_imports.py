@@ -20,7 +20,7 @@ MODEL = {"attention", "kernels", "layers", *ARITHMETIC, *UTILS}
 MAY_IMPORT: dict[str, set[str]] = {
     "": {"llm", "config", *PLAIN},  # nanovllm/__init__.py
     "__main__": {"cli"},
-    "cli": {"", "batch", "diagnostics", "llm", "demo", "config", *PLAIN},
+    "cli": {"", "batch", "benchmarks", "diagnostics", "engine.tokenizer", "hub", "llm", "demo", "config", *PLAIN},
     # Instruments look at everything, and nothing but the command line knows them.
     "diagnostics": {
         "llm",
@@ -42,6 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *MODEL,
         *PLAIN,
     },
+    # Engines beside each other; each of peers' modules runs in an environment without the rest of the package.
+    "benchmarks": {"", "demo", "kernels", *PLAIN},
+    "benchmarks.peers": {"", "benchmarks"},
+    "hub": {"models", *UTILS},
     "batch": {"batch_rows", "llm", *PLAIN},
     "batch_rows": {"llm", *PLAIN},
     "llm": {

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.nanovllm_engine import INTEGER_OPTIONS, OTHER_OPTIONS
-from benchmarks.peers import run_hf, run_llama, run_nanovllm, run_openvino, run_vllm, write_gguf
-from benchmarks.peers.protocol import usable_cpus
+from nanovllm.benchmarks.compare import LAUNCHER
+from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS, OTHER_OPTIONS
+from nanovllm.benchmarks.peers import run_hf, run_llama, run_nanovllm, run_openvino, run_vllm, write_gguf
+from nanovllm.benchmarks.peers.protocol import usable_cpus
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint, write_random_checkpoint
 from tools import setup_peers
 
@@ -284,6 +286,42 @@ def test_gguf_of_other_dtypes_is_refused(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path, "tiny", dtype=torch.float32)
     with pytest.raises(ValueError, match="is F32; only BF16 can be written"):
         list(write_gguf.bfloat16_tensors(folder))
+
+
+# ------------------------------------------------------------------------------------- started by their path
+
+
+def launch(*argv: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the launcher with a Python that has no package installed, from another folder."""
+    command = [sys.executable, "-S", "-E", str(LAUNCHER), *argv]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, cwd=os.path.sep)
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("run_llama", "llama_cpp"), ("run_vllm", "vllm"), ("run_openvino", "openvino_genai")]
+)
+def test_a_peer_needs_neither_nanovllm_nor_its_packages(module: str, package: str) -> None:
+    load = json.dumps({"load": {"model": "m", "longest": 9, "temperature": 0.6, "seed": 0}})
+    done = launch(module, text=f'{load}\n{{"quit": true}}\n')
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["error"] == f"ModuleNotFoundError: No module named '{package}'"
+
+
+def test_the_launcher_says_how_it_is_used_and_passes_arguments_on() -> None:
+    assert "usage: PYTHON launch.py MODULE" in launch().stderr
+    assert "No module named 'numpy'" in launch("write_gguf", "a", "b", "bf16").stderr
+
+
+def test_the_launcher_s_folder_hides_no_module(tmp_path: Path) -> None:
+    folder = LAUNCHER.parent
+    code = f"import runpy, sys; sys.argv = ['launch.py', 'x']; runpy.run_path({str(LAUNCHER)!r})['launch']('x')"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\ntry:\n    {code}\n"
+         f"except ModuleNotFoundError: pass\nassert {str(folder)!r} not in sys.path"],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- set-up

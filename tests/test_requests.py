@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import re
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from nanovllm.engine.metrics import percentiles
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.tokenizer import template_options
 from nanovllm.utils.progress import ProgressBar
 from tests.checkpoints import make_model
 from tests.simulation import interrupt_at_lines
@@ -131,6 +133,52 @@ class TestChat:
                 method(QUESTION, tool=[])
         with pytest.raises(TypeError, match="generate has no argument 'sampling_param'; did you mean"):
             demo.generate("x", sampling_param=None)
+
+    @pytest.mark.parametrize(
+        ("keyword", "hint"),
+        [
+            ("enable_thinking", "it goes to the chat template: chat_template_kwargs={'enable_thinking': False}"),
+            ("enable_thinkin", "did you mean an option of the chat template: chat_template_kwargs={'enable_thinking'"),
+            ("temperature", "it goes into SamplingParams(temperature=...)"),
+            ("max_model_len", "it is the engine's: LLM(max_model_len=...)"),
+        ],
+    )
+    def test_an_argument_of_something_else_is_told_its_place(self, demo: LLM, keyword: str, hint: str) -> None:
+        for method in (demo.chat, demo.render_chat):
+            if keyword == "temperature" and method == demo.render_chat:
+                continue
+            with pytest.raises(TypeError, match=re.escape(f"{method.__name__} has no argument '{keyword}'; {hint}")):
+                method(QUESTION, **{keyword: False})
+        with pytest.raises(TypeError, match=rf"generate has no argument '{keyword}'; .*(chat|LLM|SamplingParams)\("):
+            demo.generate("x", **{keyword: False})
+        with pytest.raises(TypeError, match=r"generate has no argument 'tools'; it is chat's.*chat\(\.\.\., tools="):
+            demo.generate("x", tools=[])
+
+    def test_an_option_that_the_template_does_not_read_is_warned_of_once(
+        self, demo: LLM, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for options in (
+            {"enable_thinking": False},
+            {"bos_token": "x"},
+            {"enable_thinkingg": 1},
+            {"enable_thinkingg": 1},
+        ):
+            demo.render_chat(QUESTION, chat_template_kwargs=options)
+        [record] = caplog.records
+        assert record.getMessage() == (
+            "chat_template_kwargs has 'enable_thinkingg', which the chat template does not read, so it does nothing; "
+            "the options that it reads: enable_thinking"
+        )
+
+    def test_the_options_of_a_template_are_those_it_looks_up(self, demo: LLM) -> None:
+        template = (
+            "{% set a = 1 %}{% for m in messages %}{{ m.content ~ a ~ bos_token ~ raise_exception }}"
+            "{% generation %}{{ within }}{% endgeneration %}{% break %}{% endfor %}"
+            "{% if style is defined %}{{ range(3) | tojson }}{% endif %}{{ tools }}"
+        )
+        assert template_options(demo.get_tokenizer(), template) == {"within", "style"}
+        assert template_options(demo.get_tokenizer(), "{% if %}") is None
+        assert template_options(demo.get_tokenizer()) == {"enable_thinking"}
 
     def test_bad_conversations_beside_good_ones(self, demo: LLM) -> None:
         outputs = demo.chat(

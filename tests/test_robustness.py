@@ -178,6 +178,23 @@ def test_a_misspelt_keyword_is_answered_with_the_right_one(tiny_checkpoint: Path
         make_llm(tiny_checkpoint, max_num_seq=4)
     with pytest.raises(TypeError, match="max_token"):
         SamplingParams(max_token=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"'max_model_len'; it goes into LLM\(max_model_len=\.\.\.\)"):
+        SamplingParams(max_model_len=4)  # type: ignore[call-arg]
+
+
+def test_max_tokens_beyond_the_context_is_warned_of_once(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make_llm(tiny_checkpoint, max_model_len=12) as llm:
+        generate(llm, [[1, 2, 3]], greedy(9))
+        assert not caplog.records
+        outputs = generate(llm, [[1, 2, 3], [1, 2]], greedy(10))
+        assert [len(ids) for ids in outputs] == [9, 10]
+        generate(llm, [[1, 2, 3]], greedy(1000))
+    [record] = caplog.records
+    message = record.getMessage()
+    assert message.startswith("max_tokens is 10, but prompt 0 has 3 tokens and max_model_len is 12")
+    assert "at most 9 are generated (raise max_model_len, or pass max_tokens=None" in message
 
 
 # Scheduling, through the whole engine

@@ -5,6 +5,7 @@
 The environment borrows the dependencies of the interpreter that runs this script, so that nothing is downloaded twice.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def main() -> None:
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel], check=True)
         program = PROGRAM.format(prefix=str(environment))
         subprocess.run([python, "-c", program], check=True, cwd=folder)
+        commands = [
+            ["bench", "--workload", "2:4-4:4-4", "--json", "bench.json"],
+            ["env"],
+            ["generate", "--chat", "hello"],
+        ]
+        for command in commands:
+            subprocess.run([python, "-m", "nanovllm", *command], check=True, cwd=folder)
+        found = json.loads(Path(folder, "bench.json").read_text(encoding="utf-8"))["versions"]
+        assert found["commit"] is None, found
 
 
 if __name__ == "__main__":

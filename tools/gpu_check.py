@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         return work(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    report: Result = {"versions": versions(ROOT), "hardware": hardware(), "quick": args.quick, "stages": {}}
+    report: Result = {"versions": versions(), "hardware": hardware(), "quick": args.quick, "stages": {}}
     started = time.monotonic()
     for name in args.stages:
         begun = time.monotonic()

@@ -18,9 +18,9 @@ import torch
 import transformers
 from gpu_measure import Check, Result, Roofline, ceilings, roofline
 
-import bench
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS
+from nanovllm.benchmarks import bench
 from nanovllm.engine.scheduler import AdmissionPolicy
 from nanovllm.engine.step_handle import StepHandle
 from nanovllm.kernels import DISABLE_VARIABLE

@@ -174,7 +174,7 @@ def main() -> None:
         "command": "python tools/measure_cpu.py",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": versions(Path(__file__).parents[1]),
+        "versions": versions(),
         "products_3072x1024": measure_products(),
         "attention_16_heads_8_kv_heads_of_128_bfloat16": measure_attention(),
         "decode_steps_qwen3_0.6b_bfloat16": [measure_step(1, 128), measure_step(16, 160), measure_step(64, 64)],

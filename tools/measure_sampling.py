@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     report: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(Path(__file__).resolve().parent.parent),
+        "versions": versions(),
         "hardware": hardware(),
         "vocabulary": VOCAB_SIZE,
         "milliseconds": {},

@@ -59,7 +59,7 @@ def main() -> None:
             later.append(run(PUBLISHED.format(path=published), **cache)[0])
         constructor = [float(run(CONSTRUCTOR.format(path=published))[1]) for _ in range(args.repeats)]
     report = {
-        "versions": versions(ROOT),
+        "versions": versions(),
         "hardware": hardware(),
         "demo_process_start_to_ready_seconds": demo,
         "qwen3_0.6b_bfloat16_first_process_start_to_ready_seconds": first,

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from nanovllm.benchmarks.compare import LAUNCHER  # noqa: E402
 from nanovllm.utils.random_checkpoint import SHAPES, cached_random_checkpoint  # noqa: E402
 
 TORCH = "torch==2.13.0"
@@ -101,7 +102,7 @@ def convert(folder: Path, name: str, shape: str) -> None:
     conversions: dict[Path, list[str]] = {}
     if name == "llama":
         for kind in ("bf16", "q8_0"):
-            conversions[folder / f"{shape}-{kind}.gguf"] = ["-m", "benchmarks.peers.write_gguf", str(model), "{}", kind]
+            conversions[folder / f"{shape}-{kind}.gguf"] = [str(LAUNCHER), "write_gguf", str(model), "{}", kind]
     elif name == "openvino":
         conversions[folder / f"{shape}-openvino"] = ["-c", EXPORT_OPENVINO, str(model), "{}"]
     for target, arguments in conversions.items():

@@ -68,10 +68,17 @@ def run(args: argparse.Namespace) -> int:
         )
     if done.first_error is not None:
         print(f"first error: {done.first_error} (--retry-errors runs error rows again)", file=sys.stderr)
+    if done.num_skipped_errors:
+        more = ", ..." if done.num_skipped_errors > len(done.skipped_error_ids) else ""
+        print(
+            f"error rows of earlier runs: {', '.join(done.skipped_error_ids)}{more} (--retry-errors runs them again)",
+            file=sys.stderr,
+        )
+    before = f" ({done.num_skipped_errors} of them errors)" if done.num_skipped_errors else ""
     speed = done.output_tokens / done.seconds if done.seconds else 0.0
     print(
         f"{done.num_rows} rows: {done.num_answered} answered, {done.num_errors} errors, {done.num_skipped} done "
-        f"before; {done.prompt_tokens} prompt + {done.output_tokens} output tokens in {done.seconds:.1f} s "
+        f"before{before}; {done.prompt_tokens} prompt + {done.output_tokens} output tokens in {done.seconds:.1f} s "
         f"({speed:.0f} output tok/s)",
         file=sys.stderr,
     )

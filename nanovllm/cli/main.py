@@ -5,15 +5,18 @@ does what it is for and returns the exit code. The modules import what is slow t
 and mistakes are answered at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from nanovllm.cli.options import Parser
+from nanovllm.errors import EngineDeadError
 from nanovllm.version import __version__
 
 # In the order of the help.
-COMMANDS = ("batch", "inspect")
+COMMANDS = ("generate", "chat", "batch", "download", "inspect", "bench", "env")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = import_module(f"nanovllm.cli.{name}")
         module.add_parser(commands)
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character must not end the program
     try:
         return args.run(args)
-    except (TypeError, ValueError, OSError) as error:
+    except BrokenPipeError:  # whoever read the output has seen enough
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 1
+    except (TypeError, ValueError, OSError, EngineDeadError) as error:
         print(f"nanovllm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -48,12 +48,12 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that generates."""
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: str = "64") -> None:
+    """Options of every command that generates; ``max_tokens`` is said to be the default."""
     add = parser.add_argument_group(
         "sampling (by default what the checkpoint's generation_config.json says)"
     ).add_argument
-    add("--max-tokens", type=int, metavar="N", help="most tokens to generate (default: 64)")
+    add("--max-tokens", type=int, metavar="N", help=f"most tokens to generate (default: {max_tokens})")
     add("--temperature", type=float, metavar="T", help="0 takes the most likely token")
     add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach this probability")
     add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")

@@ -1,5 +1,6 @@
 """Requests before they enter the engine: checked, tokenised, and refused with a reason."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.tokenizer import encode_words
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Intake:
@@ -35,6 +38,7 @@ class Intake:
         self.default_params = default_params
         self.max_model_len = max_model_len
         self.scheduler = scheduler
+        self._has_warned_of_max_tokens = False
         self._encoded_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}  # of the latest bad_words
 
     def prepare(
@@ -174,6 +178,17 @@ class Intake:
         if params.max_tokens is None:
             limit = max(1, min(limit, capacity - length))
         else:
+            if params.max_tokens > limit and not self._has_warned_of_max_tokens:
+                self._has_warned_of_max_tokens = True
+                logger.warning(
+                    "max_tokens is %d, but %s has %d tokens and max_model_len is %d, prompt and output together: at "
+                    "most %d are generated (raise max_model_len, or pass max_tokens=None for what fits; said once)",
+                    params.max_tokens,
+                    name,
+                    length,
+                    self.max_model_len,
+                    limit,
+                )
             limit = min(limit, params.max_tokens)
         if length + limit > capacity:
             manager = self.scheduler.block_manager

@@ -20,7 +20,7 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     kind = name.split(":")[0]
     if kind == "cuda" and not has_cuda:
-        raise ValueError(f"device is {name!r}, but {_why_no_cuda()}, or use device='cpu'")
+        raise ValueError(f"device is {name!r}, but {why_no_cuda()}, or use device='cpu'")
     if kind == "mps" and not has_mps:
         raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds none here; use device='cpu'")
     device = torch.device(name)
@@ -31,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _why_no_cuda() -> str:
+def why_no_cuda() -> str:
     """Why torch finds no CUDA device, and what to do about it."""
     if torch.version.cuda is None:
         return (

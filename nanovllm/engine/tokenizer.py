@@ -1,8 +1,12 @@
 """The checkpoint's tokenizer: loading it, and rendering conversations and words with it."""
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, TypedDict
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -108,6 +112,66 @@ def _text(name: str, content: Any) -> str:
     raise TypeError(f"{name}['content'] is {content!r}; it must be a string or a list of parts of type 'text'")
 
 
+# What transformers itself gives to every template, besides functions.
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+_SPECIAL_TOKENS = frozenset(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+) | {"additional_special_tokens", "extra_special_tokens"}  # fmt: skip
+
+
+def template_options(tokenizer: Any, chat_template: str | None = None) -> frozenset[str] | None:
+    """The arguments that a chat template reads besides those it always gets; None if its text does not tell."""
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, dict):  # several by name, of which transformers chooses
+        own = own.get(chat_template or "default", chat_template)
+    template = own if chat_template is None or isinstance(tokenizer.chat_template, dict) else chat_template
+    return _read_options(template) if isinstance(template, str) else None
+
+
+@lru_cache(maxsize=16)
+def _read_options(template: str) -> frozenset[str] | None:
+    from jinja2 import TemplateError, meta
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """transformers' block ``{% generation %}``, read as what is within it."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols])
+    try:
+        names = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateError:  # transformers will say what is wrong with it
+        return None
+    return frozenset(names - _GIVEN - _SPECIAL_TOKENS - {"raise_exception", "strftime_now"})
+
+
+_warned: set[tuple[str, frozenset[str]]] = set()
+
+
+def _warn_of_unread(tokenizer: Any, chat_template: str | None, names: Iterable[str]) -> None:
+    """Warn, once, of template arguments that the template does not read: nothing else would tell of a slip."""
+    options = template_options(tokenizer, chat_template)
+    if options is None:
+        return
+    for name in names:
+        if name in options | _GIVEN | _SPECIAL_TOKENS or (name, options) in _warned:
+            continue
+        _warned.add((name, options))
+        reads = ", ".join(sorted(options)) or "none besides the conversation"
+        logger.warning(
+            "chat_template_kwargs has %r, which the chat template does not read, so it does nothing; the options that "
+            "it reads: %s",
+            name,
+            reads,
+        )
+
+
 def render_chat(
     tokenizer: Any,
     conversation: list[dict[str, Any]],
@@ -127,6 +191,7 @@ def render_chat(
         raise ValueError(
             "the tokenizer has no chat template; pass chat_template=..., or call generate() with plain text"
         )
+    _warn_of_unread(tokenizer, chat_template, chat_template_kwargs or ())
     try:
         return tokenizer.apply_chat_template(
             conversation,

@@ -13,11 +13,18 @@ import torch
 from nanovllm.version import __version__
 
 
-def versions(checkout: Path) -> dict[str, str | None]:
-    """Of this package, the commit of ``checkout`` (None if it is no git checkout), Python, torch and transformers."""
+def checkout() -> Path | None:
+    """The git checkout whose ``nanovllm`` this is; None for an installed one, even if that lies within a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / ".git").exists() else None
+
+
+def versions() -> dict[str, str | None]:
+    """Of this package, its commit (None outside of a checkout), Python, torch and transformers."""
+    here = checkout()
     return {
         "nanovllm": __version__,
-        "commit": _output_of("git", "-C", str(checkout), "rev-parse", "--short=10", "HEAD"),
+        "commit": _output_of("git", "-C", str(here), "rev-parse", "--short=10", "HEAD") if here else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),

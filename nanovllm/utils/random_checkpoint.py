@@ -7,6 +7,7 @@ checkpoint of the published shape within seconds. There is no tokenizer in it; l
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-32b": _shape(64, 5120, 64, 25600, tied=False),
 }
 """Where each published shape differs from the others, and ``tiny``, a shape for tests."""
+
+
+def default_cache() -> Path:
+    """Where random checkpoints are kept for the next benchmark unless told."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm" / "random-weights"
 
 
 def random_config(shape: str | dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:

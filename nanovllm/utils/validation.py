@@ -52,8 +52,27 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
+# Keywords of one that are often given to another.
+_PLACES = {
+    "enable_thinking": "chat(..., chat_template_kwargs={'enable_thinking': ...})",
+    "chat_template": "chat(..., chat_template=...)",
+    "chat_template_kwargs": "chat(..., chat_template_kwargs={...})",
+    "tools": "chat(..., tools=[...])",
+    "use_tqdm": "generate(..., use_tqdm=...)",
+    "max_model_len": "LLM(max_model_len=...)",
+    "max_num_seqs": "LLM(max_num_seqs=...)",
+    "dtype": "LLM(dtype=...)",
+    "device": "LLM(device=...)",
+}
+
+
 def unknown_argument(where: str, name: str, known: Iterable[str]) -> TypeError:
-    """A TypeError for a misspelt keyword, with the nearest known one."""
+    """A TypeError for a misplaced or misspelt keyword: where it goes, or the nearest known one."""
+    known = set(known)
+    if name == "enable_thinking" and "chat_template_kwargs" in known:
+        return TypeError(f"{where} has no argument {name!r}; it goes into chat_template_kwargs: {{{name!r}: ...}}")
+    if name in _PLACES and where in ("LLM", "SamplingParams", "generate"):
+        return TypeError(f"{where} has no argument {name!r}; it goes into {_PLACES[name]}")
     names, wrong = sorted(known), name.lower()
     begun = [right for right in names if len(wrong) > 2 and right.startswith(wrong)]  # temp: temperature
     near = [min(begun, key=len)] if begun else difflib.get_close_matches(wrong, names, n=1)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.workloads import Requests, Workload, gib
+from nanovllm.benchmarks.workloads import Requests, Workload, gib
 
 Result = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.workloads import Requests, check_lengths
+from nanovllm.benchmarks.workloads import Requests, check_lengths
 
 
 class HFEngine:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.workloads import Requests, check_lengths, gib
 from nanovllm import LLM, SamplingParams
+from nanovllm.benchmarks.workloads import Requests, check_lengths, gib
 from nanovllm.utils.threads import ThreadLimit
 
 INTEGER_OPTIONS = (  # passed on as they are

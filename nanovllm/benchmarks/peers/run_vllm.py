@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from benchmarks.peers.protocol import serve, usable_cpus
+from nanovllm.benchmarks.peers.protocol import serve, usable_cpus
 
 CACHE_GB = 4
 
@@ -52,5 +52,9 @@ class VLLMPeer:
         return seconds, [len(output.outputs[0].token_ids) for output in outputs]
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve(VLLMPeer)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.protocol import serve
+from nanovllm.benchmarks.peers.protocol import serve
 
 
 class HFPeer:
     def __init__(self, settings: dict[str, Any]) -> None:
         import transformers
 
-        from benchmarks.hf_engines import HFEngine
+        from nanovllm.benchmarks.hf_engines import HFEngine
 
         arguments = argparse.Namespace(
             dtype="bfloat16",
@@ -24,11 +24,15 @@ class HFPeer:
         self.setup = f"transformers {transformers.__version__}, {self.engine.describe()}"
 
     def run(self, prompts: list[list[int]], output_lens: list[int]) -> tuple[float, list[int]]:
-        from benchmarks.workloads import Requests
+        from nanovllm.benchmarks.workloads import Requests
 
         seconds, _ = self.engine.run(Requests(prompts, output_lens))
         return seconds, output_lens  # each row has more: as many as the longest
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve(HFPeer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, as bench.py --compare sees it; its own end of the line is peers/protocol.py."""
+"""An engine in a process of its own, as a comparison sees it; its own end of the line is peers/protocol.py."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.workloads import Requests, check_lengths
+from nanovllm.benchmarks.workloads import Requests, check_lengths
 
 QUIT_SECONDS = 10.0
 """What an engine gets to end by itself, before it is killed."""
@@ -33,7 +33,7 @@ class EngineSpec:
     name: str
     command: Sequence[str]
     settings: dict[str, Any]
-    """See benchmarks/peers/protocol.py."""
+    """See nanovllm/benchmarks/peers/protocol.py."""
     folder: Path | None = None
     environment: dict[str, str] | None = field(default=None, repr=False)
 

@@ -1,6 +1,6 @@
 """Draw a comparison: a panel a workload, a bar an engine.
 
-python -m benchmarks.plot comparison.json comparison.png
+python -m nanovllm.benchmarks.plot comparison.json comparison.png
 """
 
 import json
@@ -91,7 +91,7 @@ def _footnote(report: dict[str, Any]) -> str:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m benchmarks.plot COMPARISON.json FILE.png")
+        sys.exit("usage: python -m nanovllm.benchmarks.plot COMPARISON.json FILE.png")
     try:
         draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
     except (OSError, ValueError) as error:

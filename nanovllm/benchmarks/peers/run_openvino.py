@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.protocol import serve
+from nanovllm.benchmarks.peers.protocol import serve
 
 CACHE_GB = 6
 MAX_BATCHED_TOKENS = 4096
@@ -56,5 +56,9 @@ class OpenVINOPeer:
         return config
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve(OpenVINOPeer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Write a Qwen3 checkpoint as GGUF, without its tokenizer: for llama.cpp, in whose environment this runs.
 
-    python -m benchmarks.peers.write_gguf CHECKPOINT FILE.gguf bf16|q8_0
+    python launch.py write_gguf CHECKPOINT FILE.gguf bf16|q8_0
 
 Needs numpy and gguf.
 """
@@ -107,7 +107,11 @@ def write_gguf(checkpoint: Path, file: Path, kind: str) -> None:
     writer.close()
 
 
-if __name__ == "__main__":
+def main() -> None:
     if len(sys.argv) != 4:
-        sys.exit("usage: python -m benchmarks.peers.write_gguf CHECKPOINT FILE.gguf bf16|q8_0")
+        sys.exit("usage: python launch.py write_gguf CHECKPOINT FILE.gguf bf16|q8_0")
     write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""bench.py --compare: nanovllm beside other engines, each in a process of its own, in turns on the same requests."""
+"""Comparisons: nanovllm beside other engines, each in a process of its own, in turns on the same requests."""
 
 import argparse
 import json
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_process import EngineError, EngineProcess, EngineSpec
-from benchmarks.nanovllm_engine import INTEGER_OPTIONS, OTHER_OPTIONS
-from benchmarks.plot import draw, require_matplotlib
-from benchmarks.report import Result, engine_table, failures, page, result_of, summarise, workload_table
-from benchmarks.workloads import Requests, Workload
+from nanovllm.benchmarks.engine_process import EngineError, EngineProcess, EngineSpec
+from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS, OTHER_OPTIONS
+from nanovllm.benchmarks.plot import draw, require_matplotlib
+from nanovllm.benchmarks.report import Result, engine_table, failures, page, result_of, summarise, workload_table
+from nanovllm.benchmarks.workloads import Requests, Workload
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent.parent
+LAUNCHER = PACKAGE / "benchmarks" / "peers" / "launch.py"
 OURS = "nanovllm"
 COMPARED_SHAPE = "qwen3-0.6b"
 DEFAULT_TIMEOUT = 900
@@ -27,7 +28,7 @@ DEFAULT_TIMEOUT = 900
 
 @dataclass(frozen=True)
 class Peer:
-    """Where in the folder of peers an engine and its form of the checkpoint are, and what runs it."""
+    """Where in the folder of peers an engine and its form of the checkpoint are, and what module runs it."""
 
     environment: str
     module: str
@@ -36,11 +37,11 @@ class Peer:
 
 
 PEERS = {
-    "vllm": Peer("vllm", "benchmarks.peers.run_vllm", "{}"),
-    "openvino": Peer("openvino", "benchmarks.peers.run_openvino", "{}-openvino"),
-    "llama": Peer("llama", "benchmarks.peers.run_llama", "{}-bf16.gguf"),
-    "llama-q8": Peer("llama", "benchmarks.peers.run_llama", "{}-q8_0.gguf"),
-    "hf": Peer("hf", "benchmarks.peers.run_hf", "{}"),
+    "vllm": Peer("vllm", "run_vllm", "{}"),
+    "openvino": Peer("openvino", "run_openvino", "{}-openvino"),
+    "llama": Peer("llama", "run_llama", "{}-bf16.gguf"),
+    "llama-q8": Peer("llama", "run_llama", "{}-q8_0.gguf"),
+    "hf": Peer("hf", "run_hf", "{}"),
 }
 
 
@@ -54,7 +55,9 @@ def own_spec(name: str, model: Path, settings: dict[str, Any], arguments: dict[s
     quantization = name.removeprefix(OURS).removeprefix("-")
     extra = {"quantization": quantization} if quantization else {}
     everything = {**settings, "model": str(model), "arguments": arguments, "extra": extra}
-    return EngineSpec(name, [sys.executable, "-m", "benchmarks.peers.run_nanovllm"], everything, ROOT)
+    return EngineSpec(
+        name, [sys.executable, "-m", "nanovllm.benchmarks.peers.run_nanovllm"], everything, PACKAGE.parent
+    )
 
 
 def peer_spec(name: str, folder: Path, checkpoint: str, settings: dict[str, Any]) -> EngineSpec:
@@ -74,7 +77,8 @@ def peer_spec(name: str, folder: Path, checkpoint: str, settings: dict[str, Any]
                 f"(python tools/setup_peers.py {folder} --only {peer.environment} --shape {checkpoint})"
             )
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    return EngineSpec(name, [str(python), "-m", peer.module], {**settings, "model": str(model)}, ROOT, environment)
+    command = [str(python), str(LAUNCHER), peer.module]
+    return EngineSpec(name, command, {**settings, "model": str(model)}, environment=environment)
 
 
 @contextmanager
@@ -260,7 +264,7 @@ def compare_engines(
     """Run a comparison, print it as it goes, and write its table, figures and plot.
 
     Args:
-        args: bench.py's command line.
+        args: The benchmark's options.
         shape: The checkpoint's name in the folder of peers.
         drawn: Workloads and what they ask.
         report: What is known beforehand; engines and workloads are added.

@@ -1,4 +1,4 @@
-"""The engine's end of the line to bench.py --compare: one JSON object a line, an answer for every request.
+"""The engine's end of the line to ``nanovllm bench --compare``: one JSON object a line, an answer for every request.
 
     {"load": SETTINGS}                                  {"ready": {"setup": "..."}}
     {"run": {"prompts": [[5, 7]], "output_lens": [9]}}  {"ran": {"seconds": 0.8, "output_lens": [9]}}
@@ -63,7 +63,7 @@ def serve(load: Callable[[dict[str, Any]], Peer]) -> None:
 def _requests() -> "queue.SimpleQueue[dict[str, Any]]":
     """What comes in, read by a thread that ends everything once nothing can come any more.
 
-    bench.py has died then. The engine may be in the middle of a workload, and may have processes of its own.
+    The benchmark has died then. The engine may be in the middle of a workload, and may have processes of its own.
     """
     lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     incoming = os.dup(0)  # not sys.stdin, whose lock a forked process could find taken for ever

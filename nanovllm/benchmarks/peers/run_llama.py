@@ -1,6 +1,6 @@
 """llama.cpp, greedy: prompts one after another, what they share once, then all sequences together.
 
-bench.py's other engines sample; here the argmax of each row of logits is taken, which costs less.
+The benchmark's other engines sample; here the argmax of each row of logits is taken, which costs less.
 """
 
 import ctypes
@@ -8,7 +8,7 @@ import itertools
 import time
 from typing import Any
 
-from benchmarks.peers.protocol import serve, usable_cpus
+from nanovllm.benchmarks.peers.protocol import serve, usable_cpus
 
 BATCH_TOKENS = 2048
 MICRO_BATCH_TOKENS = 512
@@ -111,5 +111,9 @@ def common_prefix(lists: list[list[int]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve(LlamaPeer)
+
+
+if __name__ == "__main__":
+    main()

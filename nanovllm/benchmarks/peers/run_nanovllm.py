@@ -4,26 +4,30 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.protocol import serve
+from nanovllm.benchmarks.peers.protocol import serve
 
 
 class NanovllmPeer:
-    """bench.py's own engine, with its command line's options and a variant's ``extra`` ones."""
+    """The benchmark's own engine, with its command line's options and a variant's ``extra`` ones."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from benchmarks.nanovllm_engine import NanovllmEngine
         from nanovllm import __version__
+        from nanovllm.benchmarks.nanovllm_engine import NanovllmEngine
 
         arguments = argparse.Namespace(**settings["arguments"])
         self.engine = NanovllmEngine(Path(settings["model"]), settings["longest"], arguments, **settings["extra"])
         self.setup = f"nanovllm {__version__}, {self.engine.describe()}"
 
     def run(self, prompts: list[list[int]], output_lens: list[int]) -> tuple[float, list[int]]:
-        from benchmarks.workloads import Requests
+        from nanovllm.benchmarks.workloads import Requests
 
         seconds, _ = self.engine.run(Requests(prompts, output_lens))  # which checks the lengths
         return seconds, output_lens
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve(NanovllmPeer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""What bench.py is made of: workloads, the engines it runs, and comparisons with other engines."""

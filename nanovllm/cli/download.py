@@ -1,0 +1,54 @@
+"""``nanovllm download``: a checkpoint from the Hugging Face hub."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from nanovllm.cli.options import add_command
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "download",
+        "fetch a checkpoint from the Hugging Face hub",
+        "Fetch what nanovllm needs of a checkpoint into a folder, and check it. Interrupted, the same command resumes. "
+        "HF_TOKEN, HF_ENDPOINT and the other variables of huggingface_hub count.",
+        "nanovllm download Qwen/Qwen3-0.6B\n"
+        "nanovllm download Qwen/Qwen3-8B --local-dir /data/qwen3-8b\n"
+        "nanovllm chat --model Qwen3-0.6B",
+    )
+    add = parser.add_argument
+    add("repository", metavar="REPO", help="OWNER/NAME")
+    add("--revision", metavar="R", help="a branch, tag or commit (default: the main branch)")
+    add("--local-dir", metavar="DIR", help="the folder (default: NAME, in this one)")
+    add("--json", action="store_true", help="print path, revision, architecture and files as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nanovllm.hub import download
+
+    try:
+        found = download(args.repository, args.revision, args.local_dir)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    total = sum(found.files.values())
+    if args.json:
+        report = {
+            "path": str(found.path.absolute()),
+            "repository": found.repository,
+            "revision": found.revision,
+            "architecture": found.architecture,
+            "bytes": total,
+            "files": found.files,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        print(
+            f"{found.path}: {found.architecture}, {len(found.files)} files of {total / 1e9:.2f} GB, complete "
+            f"(revision {found.revision[:10]}). To talk with it: nanovllm chat --model {found.path}"
+        )
+    return 0
