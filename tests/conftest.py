@@ -1,6 +1,8 @@
 """Fixtures shared by the tests."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 from tests.checkpoints import load_reference, write_checkpoint
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of several processes that share the tests, each has a folder for temporary files: some tests count them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tempfile.mkdtemp(prefix="nanovllm-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ["TMPDIR"] = os.environ["TEMP"] = folder
+        tempfile.tempdir = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
