@@ -142,12 +142,13 @@ def print_summary(trace: Any) -> None:
     totals, engine = trace.totals(), trace.engine
     print(
         f"{totals['sequences']} sequences in {totals['steps']} steps and {totals['seconds']:.2f} s: "
-        f"{totals['prefill_tokens']} prefill + {totals['decode_tokens']} decode tokens, {totals['output_tokens']} sampled"
+        f"{totals['prefill_tokens']} prefill + {totals['decode_tokens']} decode tokens, "
+        f"{totals['output_tokens']} sampled"
     )
     print(
-        f"KV cache: {totals['peak_blocks_held']} of {engine['num_blocks']} blocks of {engine['block_size']} held at most; "
-        f"{totals['blocks_shared']} shared by {totals['prefix_hits']} prefix hits ({totals['prefix_hit_tokens']} tokens), "
-        f"{totals['blocks_evicted']} evicted"
+        f"KV cache: {totals['peak_blocks_held']} of {engine['num_blocks']} blocks of {engine['block_size']} held at "
+        f"most; {totals['blocks_shared']} shared by {totals['prefix_hits']} prefix hits "
+        f"({totals['prefix_hit_tokens']} tokens), {totals['blocks_evicted']} evicted"
     )
     print(f"queue: {totals['longest_queue']} waited at most; {totals['preemptions']} preemptions")
     for violation in trace.violations:

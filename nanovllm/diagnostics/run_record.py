@@ -186,7 +186,7 @@ class RunRecord:
     def totals(self) -> dict[str, Any]:
         """Sums over the run."""
         ran = [step for step in self.steps if not step.was_taken_back]
-        admitted = [event for event in self.events("admitted")]
+        admitted = list(self.events("admitted"))
         blocks: dict[str, int] = dict.fromkeys(("shared", "allocated", "evicted", "published", "freed"), 0)
         for event in self.events():
             if event.kind in blocks:
