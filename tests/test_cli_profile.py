@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,34 @@ def test_a_part_is_timed_without_what_it_calls() -> None:
     assert timer._calls == {"inner": 2, "outer": 1}
     assert timer._parts["inner"] >= 0.04
     assert 0.01 <= timer._parts["outer"] < timer._parts["inner"]
+
+
+def test_products_of_few_rows_are_told_apart_by_their_weights() -> None:
+    weights = {name: torch.zeros(1) for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+    modules = {name: SimpleNamespace(weight=weight) for name, weight in weights.items()}
+    layer = SimpleNamespace(
+        self_attn=SimpleNamespace(**modules),
+        mlp=SimpleNamespace(**modules),
+        fused_linear=lambda x, weight, bias=None, **keywords: (x, weight, keywords),
+    )
+    timer = StepTimer()
+    fused = timer.fused(layer)
+    x = torch.ones(1)
+    for weight in weights.values():
+        assert fused(x, weight, None, gated=True) == (x, weight, {"gated": True})
+    assert timer._calls == {"qkv_proj": 1, "o_proj": 1, "mlp gate_up": 1, "mlp down": 1}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_parts_are_the_devices_time() -> None:
+    with LLM(DEMO_MODEL_PATH, device="cuda", max_num_seqs=8) as llm:
+        profile = profile_steps(llm, batch_size=4, prompt_len=64, output_len=20)
+    for phase in profile.phases.values():
+        assert phase.idle_share is not None
+        assert 0 <= phase.idle_share < 1
+        assert {part.name for part in phase.parts} >= {"qkv_proj", "attention", "mlp down", "lm_head"}
+        assert all(one.kind == "kernel" for one in phase.operations)
+    assert any(event.get("cat") == "kernel" for event in profile.device_events)
 
 
 def test_an_attribute_is_put_back_where_it_was() -> None:

@@ -143,9 +143,29 @@ class StepTimer:
                 watch("batch state", runner.batch_state, "step_input")
                 watch("attention layout", runner.attention, "begin_step")
                 _watch_model(watch, runner)
+                for layer in runner.model.model.layers:
+                    if getattr(layer, "fused_linear", None) is not None:
+                        stack.enter_context(replaced(layer, "fused_linear", self.fused(layer)))
             stack.enter_context(replaced(runner, "execute", self._noting(self.timed(BETWEEN, runner.execute))))
             stack.enter_context(replaced(engine, "advance", self._step_of(self.timed(ENGINE, engine.advance))))
             yield self
+
+    def fused(self, layer: Any) -> Callable[..., Any]:
+        """A layer's product for few rows, norms and gate included, timed as the projection that its weight is of."""
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = {
+            "qkv_proj": attention.qkv_proj,
+            "o_proj": attention.o_proj,
+            "mlp gate_up": mlp.gate_up_proj,
+            "mlp down": mlp.down_proj,
+        }
+        original = layer.fused_linear
+        timed = {id(module.weight): self.timed(part, original) for part, module in projections.items()}
+
+        def call(x: torch.Tensor, weight: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            return timed.get(id(weight), original)(x, weight, *arguments, **keywords)
+
+        return call
 
     def _noting(self, execute: Callable[[StepPlan], Any]) -> Callable[[StepPlan], Any]:
         def call(plan: StepPlan) -> Any:

@@ -373,7 +373,8 @@ function drawBlock(context, block, kind, isNew, isOwn, isCursor) {
     context.font = `${size >= 24 ? 11 : 9}px system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif`;
     context.fillStyle = kind === SHARED ? colors["on-shared"] : colors["on-owner"];
     context.textAlign = "center";
-    context.fillText(shorten(context, label, size - 1), x + size / 2, y + size / 2 + 0.5);
+    const text = size >= 24 ? shorten(context, label, size - 1) : label;
+    if (context.measureText(text).width < size) context.fillText(text, x + size / 2, y + size / 2 + 0.5);
   }
   if (isNew || isOwn || isCursor) {
     const thick = size >= 12 ? 2 : 1;
@@ -536,7 +537,7 @@ function tellSelected() {
     `Request ${seq[NAME]}: ${count(seq[PROMPT_TOKENS])} prompt tokens${cached && cached[2] ? `, ${cached[2]} from the prefix cache` : ""}`,
     `${count(seq[OUTPUT_TOKENS])} sampled`,
     preemptions ? `preempted ${preemptions === 1 ? "once" : `${preemptions} times`}` : "never preempted",
-    seq[FINISHED] === null ? "not finished" : `${seq[REASON]} after ${duration(seq[FINISHED] - seq[ADDED])}`,
+    seq[FINISHED] === null ? "not finished" : `ended (${seq[REASON]}) after ${duration(seq[FINISHED] - seq[ADDED])}`,
   ];
   $("timeline-status").textContent = parts.join("; ") + "." + (seq[PROMPT] ? ` “${seq[PROMPT].replace(/\s+/g, " ").trim()}”` : "");
 }
