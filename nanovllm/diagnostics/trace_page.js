@@ -452,11 +452,11 @@ function tellEvents(events) {
     const these = events.filter((event) => event[0] === KIND[kind]);
     if (!these.length || kind === "freed") continue;
     const whose = these.filter((event) => event[1] >= 0).map((event) => {
-      const blocks = event.slice(3), told = blocks.length ? ` ← ${blocks.length > 12 ? `${blocks.length} blocks` : ranges(blocks)}` : "";
+      const blocks = event.slice(3), which = blocks.length > 12 ? `${blocks.length} blocks` : ranges(blocks);
       if (kind === "admitted") return name(event[1]) + (event[2] ? ` (${event[2]} tokens cached)` : "");
       if (kind === "finished") return `${name(event[1])} (${event[2]})`;
-      if (kind === "evicted") return ranges(blocks);
-      return name(event[1]) + told.replace("←", kind === "published" ? "→" : "←");
+      if (kind === "evicted") return which;
+      return name(event[1]) + (blocks.length ? ` ${kind === "published" ? "→" : "←"} ${which}` : "");
     });
     lines.push([kind, whose.length ? list(whose, 16) : ranges(these.flatMap((event) => event.slice(3)))]);
   }
@@ -572,7 +572,8 @@ function follow() {
 
 function legendOfBlocks() {
   const untouched = engine.num_blocks - numBlocks;
-  return `A number is the request that holds the block, ×N how many share it.${untouched > 0 ? ` ${count(untouched)} blocks were never used and are not drawn.` : ""}`;
+  const marks = cell >= 18 ? "A number is the request that holds the block, ×N how many share it." : "Point at a block, or go there with the arrow keys, to see whose it is.";
+  return `${marks}${untouched > 0 ? ` ${count(untouched)} blocks were never used and are not drawn.` : ""}`;
 }
 
 function select(sequence) {
