@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.request",
         "engine.tokenizer",
         "models",
+        "kernels.cpu",
         "demo",
         "config",
         *MODEL,

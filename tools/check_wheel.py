@@ -24,6 +24,8 @@ assert (pathlib.Path(nanovllm.__file__).parent / "py.typed").exists()
 with LLM(DEMO_MODEL_PATH, device="cpu") as llm:
     output = llm.generate("hello", SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)[0]
 assert output.outputs[0].token_ids
+from nanovllm.diagnostics.run_record import RunRecord
+RunRecord().write_html("trace.html")  # whose parts are files of the package
 print("the wheel works:", nanovllm.__version__)
 """
 

@@ -21,6 +21,7 @@ from gpu_measure import Check, Result, Roofline, ceilings, roofline
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS
 from nanovllm.benchmarks import bench
+from nanovllm.diagnostics.device_trace import device_usage, profiled_events
 from nanovllm.engine.scheduler import AdmissionPolicy
 from nanovllm.engine.step_handle import StepHandle
 from nanovllm.kernels import DISABLE_VARIABLE
@@ -319,46 +320,11 @@ def synchronize(check: Check) -> None:
 
 def trace(check: Check, function: Callable[[], Any], name: str) -> list[dict[str, Any]]:
     """Events of a Chrome trace of a call, which is also written to the output folder, compressed."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if check.on_cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        function()
-        synchronize(check)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        text = path.read_text(encoding="utf-8", errors="replace")
-    data = json.loads(text, strict=False)  # names of kernels may hold anything
-    packed = gzip.compress(text.encode())
+    events = profiled_events(function, check.device)
+    packed = gzip.compress(json.dumps({"traceEvents": events}).encode())
     if len(packed) > MOST_TRACE_BYTES:  # without what the host did
-        data["traceEvents"] = [event for event in data["traceEvents"] if event.get("cat") != "cpu_op"]
-        packed = gzip.compress(json.dumps(data).encode())
+        events = [event for event in events if event.get("cat") != "cpu_op"]
+        packed = gzip.compress(json.dumps({"traceEvents": events}).encode())
     if len(packed) <= MOST_TRACE_BYTES:
         (check.out / name).write_bytes(packed)
-    return data["traceEvents"]
-
-
-def device_usage(events: list[dict[str, Any]], category: str) -> Result:
-    """Share of the time in which the device did nothing, and what it did otherwise.
-
-    Args:
-        events: Of a Chrome trace, times in microseconds.
-        category: Of the events that count, besides copies.
-    """
-    categories = (category, "gpu_memcpy", "gpu_memset")
-    busy = [event for event in events if event.get("ph") == "X" and event.get("cat") in categories]
-    if not busy:
-        return {"events": 0, "top": []}
-    by_name: dict[str, list[float]] = {}
-    union, reached = 0.0, float("-inf")
-    for event in sorted(busy, key=lambda event: event["ts"]):
-        start, end = event["ts"], event["ts"] + event["dur"]
-        union += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-        by_name.setdefault(event["name"], []).append(event["dur"])
-    span = reached - min(event["ts"] for event in busy)
-    total = sum(sum(times) for times in by_name.values())
-    ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:15]
-    top = [(name, sum(times) / total, len(times), sum(times) / len(times)) for name, times in ranked]
-    return {"idle_share": 1 - union / span, "busy_us": union, "span_us": span, "events": len(busy), "top": top}
+    return events

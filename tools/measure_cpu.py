@@ -11,12 +11,10 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -24,7 +22,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec
 from nanovllm.attention.cpu import CpuAttention
 from nanovllm.attention.matmul import MatmulAttention
-from nanovllm.kernels.cpu import launch
+from nanovllm.diagnostics.step_timer import timed_kernels
 from nanovllm.layers.product import Int8Weight, OneDnnWeight, PackedWeight, TiledWeight
 from nanovllm.utils.environment import hardware, versions
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint
@@ -148,20 +146,6 @@ def measure_step(batch: int, context: int) -> dict[str, Any]:
     result["share_of_products_and_attention"] = round(1 - (sum(parts.values()) - most) / result["milliseconds"], 3)
     print(result, flush=True)
     return result
-
-
-@contextmanager
-def timed_kernels(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds of launches by kernel."""
-    original = launch.Kernel.__call__
-
-    def timed(kernel: launch.Kernel, tasks: int, *arguments: int) -> None:
-        start = time.perf_counter()
-        original(kernel, tasks, *arguments)
-        seconds[kernel.name] = seconds.get(kernel.name, 0.0) + time.perf_counter() - start
-
-    with patch.object(launch.Kernel, "__call__", timed):
-        yield
 
 
 def main() -> None:

@@ -50,6 +50,14 @@ class BlockManager:
         """Blocks that sequences hold."""
         return self.num_blocks - len(self._free)
 
+    def num_holders(self, block: int) -> int:
+        """Sequences that hold a block."""
+        return self._ref_counts[block]
+
+    def is_published(self, block: int) -> bool:
+        """Whether the prefix cache knows a block, held or not."""
+        return self._keys[block] is not None
+
     def blocks_needed(self, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens fill, the last one perhaps partly."""
         return -(-num_tokens // self.block_size)

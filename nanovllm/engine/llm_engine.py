@@ -90,7 +90,7 @@ class LLMEngine:
         self._closed = False
         self.counters.startup_seconds = time.perf_counter() - started
         logger.info(
-            "ready in %.2f s: %s on %s, %d threads on the host, %s attention, %d KV blocks of %d tokens",
+            "ready in %.2f s: %s on %s, %d threads on the host, %s attention, %d KV blocks of %d tokens (%.1f MiB)",
             self.counters.startup_seconds,
             self.runner.dtype,
             self.runner.device,
@@ -98,6 +98,7 @@ class LLMEngine:
             self.runner.attention.name,
             self.runner.num_kvcache_blocks,
             self.runner.block_size,
+            self.runner.kvcache_bytes() / 2**20,
         )
 
     @property

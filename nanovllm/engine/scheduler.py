@@ -5,6 +5,7 @@ first, and when blocks run out the youngest resident gives its own up and is com
 always advances, and nobody starves.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -14,11 +15,15 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step_plan import SlotEntry, StepPlan, StepResult
 
+logger = logging.getLogger(__name__)
+
 # A sequence is admitted while every resident can still grow by this many tokens: without the reserve, one would be
 # admitted into the last free blocks only to be preempted a step later.
 HEADROOM_TOKENS = 16
 # Steps that were too large for the device's memory are halved down to this many tokens.
 MIN_STEP_TOKENS = 256
+# Preemptions are warned of, once, when there have been so many and one for so many admissions.
+MANY_PREEMPTIONS, ADMISSIONS_EACH = 16, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # by arrival; all are younger than any in ``running``
         self.running: list[Sequence] = []  # by arrival
         self.num_preemptions = 0
+        self._num_admissions = 0
+        self._has_warned = False
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
         self._released: list[int] = []  # slots to name in the next plan
@@ -339,6 +346,7 @@ class Scheduler:
             if seq.metrics.first_scheduled_time is None:
                 seq.metrics.first_scheduled_time = time.perf_counter()
             self.running.append(seq)
+            self._num_admissions += 1
             plan.entered.append(
                 SlotEntry(
                     seq.slot,
@@ -411,7 +419,9 @@ class Scheduler:
         manager = self.block_manager
         while manager.blocks_needed(num_tokens) - len(seq.block_table) > manager.num_free_blocks:
             victim = self.running[-1]
+            num_lost = victim.num_computed_tokens
             self._preempt(victim)
+            self._tell_of_preemption(victim, num_lost)
             if victim is seq:
                 return False
         first = len(seq.block_table)
@@ -429,6 +439,26 @@ class Scheduler:
         self.num_preemptions += 1
         seq.last_preemption = self.num_preemptions
         self.waiting.appendleft(seq)
+
+    def _tell_of_preemption(self, seq: Sequence, num_lost: int) -> None:
+        """Log that ``seq`` had to give up the KV of so many tokens for want of blocks."""
+        logger.info(
+            "preempted request %s, the youngest of %d: no block is free; %d tokens are computed again unless cached",
+            seq.request_id,
+            len(self.running) + 1,
+            num_lost,
+        )
+        number = self.num_preemptions
+        if not self._has_warned and number >= MANY_PREEMPTIONS and number * ADMISSIONS_EACH >= self._num_admissions:
+            self._has_warned = True
+            logger.warning(
+                "%d preemptions in %d admissions: %d KV blocks of %d tokens are few for what runs at once, and work is "
+                "done twice (raise num_kvcache_blocks or gpu_memory_utilization, or lower max_num_seqs)",
+                number,
+                self._num_admissions,
+                self.block_manager.num_blocks,
+                self.block_manager.block_size,
+            )
 
     def _vacate(self, seq: Sequence) -> None:
         self.block_manager.free(seq)

@@ -1,0 +1,125 @@
+"""``nanovllm profile``: where a step's time goes."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from nanovllm.cli.options import add_command, add_model_options, model_arguments
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "profile",
+        "where the time of a step goes",
+        "Run requests of random token ids that start together, and tell what prefill and decode steps take: part by "
+        "part, operation by operation, and how much less a decode step takes as it always runs (recorded on the CPU, a "
+        "graph on CUDA) than the sum of its parts. Run nothing else meanwhile.",
+        "nanovllm profile\n"
+        "nanovllm profile --model Qwen3-0.6B --batch-size 16 --prompt-len 512 --output-len 64\n"
+        "nanovllm profile --json profile.json --perfetto profile.json.gz",
+    )
+    add = parser.add_argument
+    add("--batch-size", type=int, default=8, metavar="N", help="requests that run together (default: 8)")
+    add("--prompt-len", type=int, default=128, metavar="N", help="tokens of each prompt (default: 128)")
+    add("--output-len", type=int, default=32, metavar="N", help="tokens that each generates (default: 32)")
+    add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default: the checkpoint's)")
+    add("--rounds", type=int, default=3, metavar="N", help="how often everything runs; the fastest counts (default: 3)")
+    add("--top", type=int, default=10, metavar="N", help="operations that are listed (default: 10, at most 15)")
+    add("--json", metavar="FILE", help="where to write the figures")
+    add("--perfetto", metavar="FILE", help="a trace for ui.perfetto.dev; compressed if it ends in .gz")
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("batch_size", "prompt_len", "rounds", "top"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.output_len < 2:
+        raise ValueError(f"--output-len is {args.output_len}; it must be at least 2, or nothing is decoded")
+    if args.tensor_parallel_size > 1:
+        raise ValueError("a profile is of one rank: leave out --tensor-parallel-size")
+    for path in filter(None, (args.json, args.perfetto)):
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder does not exist")
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to stderr when it starts and stops
+
+    from nanovllm.diagnostics.perfetto import name_events, slice_event, write_trace
+    from nanovllm.diagnostics.step_profile import profile_steps
+    from nanovllm.llm import LLM
+
+    with LLM(**model_arguments(args)) as llm:
+        params = llm.get_default_sampling_params()
+        if args.temperature is not None:
+            params.temperature = args.temperature
+        profile = profile_steps(llm, args.batch_size, args.prompt_len, args.output_len, args.rounds, params)
+    print(report(profile, args.top))
+    if args.json:
+        Path(args.json).write_text(json.dumps(profile.to_json(), indent=2) + "\n", encoding="utf-8")
+    if args.perfetto:
+        events = profile.device_events
+        if not events:
+            first = min((piece.begin for piece in profile.slices), default=0.0)
+            events = name_events(1, "engine, one operation at a time", {1: "host"})
+            events += [slice_event(p.part, "part", p.begin - first, p.end - first, (1, 1)) for p in profile.slices]
+        write_trace(args.perfetto, events)
+    for path in filter(None, (args.json, args.perfetto)):
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def report(profile: Any, top: int) -> str:
+    """The profile as tables."""
+    engine = profile.engine
+    facts = [engine["device"], engine["dtype"], engine["quantization"], f"{engine['attention_backend']} attention"]
+    facts.append(f"{engine['num_threads']} threads")
+    lines = [
+        f"{profile.batch_size} requests of {profile.prompt_len} prompt and {profile.output_len} output tokens on "
+        + ", ".join(filter(None, facts))
+    ]
+    for name, phase in profile.phases.items():
+        lines += ["", *phase_lines(name, phase, engine, top)]
+    return "\n".join(lines)
+
+
+def phase_lines(name: str, phase: Any, engine: dict[str, Any], top: int) -> list[str]:
+    """The tables of a phase."""
+    whole = phase.parts_seconds
+    how = f", {engine['decode_steps']}" if name == "decode" else ""
+    lines = [
+        f"{name}: {phase.steps} steps of {phase.rows:.0f} rows and {phase.tokens:.0f} tokens, "
+        f"{milliseconds(phase.seconds)} ms each"
+    ]
+    on_device = engine["device"].startswith("cuda")
+    lines.append(f"  {'part, on the device' if on_device else 'part':<24}{'ms':>10}{'share':>8}{'calls':>8}")
+    lines += [row(part.name, part.seconds, whole, part.calls) for part in phase.parts]
+    lines.append(row("sum of the parts", whole, whole))
+    lines.append(row("the same, not watched", phase.one_by_one_seconds))
+    lines.append(row(f"as it runs{how}", phase.seconds))
+    less = whole - phase.seconds
+    more_or_less = "less" if less >= 0 else "more"
+    lines.append(f"  as it runs, a step takes {milliseconds(abs(less))} ms {more_or_less} than the sum of its parts")
+    if phase.idle_share is not None:
+        lines.append(f"  the device does nothing {phase.idle_share:.1%} of the time")
+        lines += [f"  {'part, on the host':<24}{'ms':>10}{'share':>8}{'calls':>8}"]
+        lines += [row(part.name, part.seconds, phase.seconds, part.calls) for part in phase.host]
+    lines += ["", f"  {'operations by their own time':<56}{'ms':>10}{'calls':>8}"]
+    for one in phase.operations[:top]:
+        lines.append(f"  {f'{one.name[:46]} ({one.kind})':<56}{milliseconds(one.seconds):>10}{one.calls:>8.1f}")
+    return lines
+
+
+def row(name: str, seconds: float, whole: float = 0.0, calls: float | None = None) -> str:
+    """A line of a table of parts."""
+    share = f"{seconds / whole:.1%}" if whole else ""
+    return f"  {name:<24}{milliseconds(seconds):>10}{share:>8}" + ("" if calls is None else f"{calls:>8.1f}")
+
+
+def milliseconds(seconds: float) -> str:
+    """As many digits as tell something."""
+    return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.1f}"

@@ -1,0 +1,157 @@
+"""``nanovllm trace``: a run recorded step by step, as a page to look at."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nanovllm.cli.options import add_command, add_model_options, add_sampling_options, model_arguments
+from nanovllm.cli.options import sampling_arguments as sampling_of
+
+DEFAULT_WORKLOAD = "16:16-96:16-64:48"
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "trace",
+        "record a run step by step, and look at it",
+        "Run requests and record every step: which sequences ran, who holds which KV block, what was shared, cached, "
+        "evicted and preempted. Writes a page that needs nothing but a browser. The block manager's books are checked "
+        "meanwhile; exit code 1 if they were ever wrong.",
+        "nanovllm trace\n"
+        "nanovllm trace --workload 24:16-64:32-96:32 --num-kvcache-blocks 40 --max-num-seqs 8\n"
+        'nanovllm trace "add 12 and 30" "count from 3 to 9" --perfetto run.json.gz',
+    )
+    what = parser.add_argument_group(f"what is run (by default --workload {DEFAULT_WORKLOAD})")
+    what.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="questions, asked as chat if the model has a template"
+    )
+    what.add_argument(
+        "--file", metavar="FILE", help='prompts: a line each, or {"prompt": ...} or {"messages": ...} each'
+    )
+    what.add_argument("--workload", metavar="SPEC", help="random token ids, N:LO-HI:LO-HI[:PREFIX]: prompts, outputs")
+    what.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+    add_model_options(parser)
+    memory = parser.add_argument_group("room, to make it scarce")
+    memory.add_argument("--num-kvcache-blocks", type=int, metavar="N", help="blocks of the KV cache")
+    memory.add_argument("--kvcache-block-size", type=int, metavar="N", help="tokens a block")
+    memory.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="most tokens of a step")
+    memory.add_argument("--no-prefix-caching", action="store_true", help="share no blocks")
+    add_sampling_options(parser)
+    out = parser.add_argument_group("what is written")
+    out.add_argument("--html", metavar="FILE", default="trace.html", help="the page (default: trace.html)")
+    out.add_argument("--perfetto", metavar="FILE", help="for ui.perfetto.dev; compressed if it ends in .gz")
+    out.add_argument("--json", metavar="FILE", help="everything that was recorded")
+    out.add_argument("--check", action="store_true", help="check all blocks after every operation, not only its own")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nanovllm.diagnostics.random_workload import RandomWorkload
+
+    if sum(map(bool, (args.prompts, args.file, args.workload))) > 1:
+        raise ValueError("give prompts, --file or --workload, and only one of them")
+    spec = args.workload or (None if args.prompts or args.file else DEFAULT_WORKLOAD)
+    workload = None if spec is None else RandomWorkload.parse(spec)
+    requests = read_requests(args.file) if args.file else list(args.prompts)
+    for path in filter(None, (args.html, args.perfetto, args.json)):
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder does not exist")
+
+    import dataclasses
+
+    from nanovllm.diagnostics.recorder import record
+    from nanovllm.llm import LLM
+    from nanovllm.sampling_params import SamplingParams
+
+    given = sampling_of(args)
+    SamplingParams(**given)  # checked before the model is loaded
+    names = ("num_kvcache_blocks", "kvcache_block_size", "max_num_batched_tokens")
+    room = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    room |= {"enable_prefix_caching": False} if args.no_prefix_caching else {}
+    with LLM(**model_arguments(args), **room) as llm:
+        params = dataclasses.replace(llm.get_default_sampling_params(), **given)
+        with record(llm, check=args.check) as trace:
+            if workload is not None:
+                prompts, lengths = workload.draw(args.seed, llm.engine.model_config.vocab_size)
+                each = [dataclasses.replace(params, max_tokens=length, ignore_eos=True) for length in lengths]
+                llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], each, use_tqdm=False)
+            else:
+                ask(llm, requests, params, args)
+    trace.engine["workload"] = spec or f"{len(requests)} prompts"
+    write(trace, args)
+    print_summary(trace)
+    return 1 if trace.violations else 0
+
+
+def read_requests(path: str) -> list[Any]:
+    """Prompts and conversations of a file: JSON objects, or plain text, a line each."""
+    requests: list[Any] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith("{"):
+            requests.append(line)
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
+        if "messages" in row:
+            requests.append(row["messages"])
+        elif isinstance(row.get("prompt"), str):
+            requests.append(row["prompt"])
+        else:
+            raise ValueError(f'{path}, line {number} has neither "prompt" nor "messages"')
+    if not requests:
+        raise ValueError(f"{path} has no prompts; it takes one a line")
+    return requests
+
+
+def ask(llm: Any, requests: list[Any], params: Any, args: argparse.Namespace) -> None:
+    """Run prompts all together; as chat where they are conversations, or can be."""
+    raw = args.raw or not getattr(llm.engine.tokenizer, "chat_template", None)
+    if raw:
+        conversations = [request for request in requests if not isinstance(request, str)]
+        if conversations:
+            raise ValueError("messages need a chat template, and this tokenizer has none (or --raw was given)")
+        llm.generate(requests, params, use_tqdm=False)
+        return
+    chats = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in requests]
+    llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=args.chat_template_kwargs)
+
+
+def write(trace: Any, args: argparse.Namespace) -> None:
+    """Write the files that were asked for, and say which."""
+    written = []
+    for path, how in (
+        (args.html, trace.write_html),
+        (args.perfetto, trace.write_perfetto),
+        (args.json, trace.write_json),
+    ):
+        if path:
+            how(path)
+            written.append(f"{path} ({Path(path).stat().st_size / 1e3:,.0f} kB)")
+    print(f"wrote {', '.join(written)}", file=sys.stderr)
+
+
+def print_summary(trace: Any) -> None:
+    """What happened, in a few lines."""
+    totals, engine = trace.totals(), trace.engine
+    print(
+        f"{totals['sequences']} sequences in {totals['steps']} steps and {totals['seconds']:.2f} s: "
+        f"{totals['prefill_tokens']} prefill + {totals['decode_tokens']} decode tokens, "
+        f"{totals['output_tokens']} sampled"
+    )
+    print(
+        f"KV cache: {totals['peak_blocks_held']} of {engine['num_blocks']} blocks of {engine['block_size']} held at "
+        f"most; {totals['blocks_shared']} shared by {totals['prefix_hits']} prefix hits "
+        f"({totals['prefix_hit_tokens']} tokens), {totals['blocks_evicted']} evicted"
+    )
+    print(f"queue: {totals['longest_queue']} waited at most; {totals['preemptions']} preemptions")
+    for violation in trace.violations:
+        print(f"the block manager's books are wrong: {violation}")
+    if not trace.violations:
+        print(f"the block manager's books were right {'after every operation' if trace.is_checked else 'throughout'}")
