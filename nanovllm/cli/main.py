@@ -13,7 +13,7 @@ from nanovllm.cli.options import Parser
 from nanovllm.version import __version__
 
 # In the order of the help.
-COMMANDS = ("batch",)
+COMMANDS = ("batch", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

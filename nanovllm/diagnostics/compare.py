@@ -49,9 +49,7 @@ class Comparison:
 
     def departs(self) -> bool:
         """Whether anything is beyond what is tolerated."""
-        return bool(
-            self.departure() or self.layers.first_sum() or self.tokens.departs() or self.wrong_weights()
-        )
+        return bool(self.departure() or self.layers.first_sum() or self.tokens.departs() or self.wrong_weights())
 
     def summary(self) -> str:
         """One line: what departs first, by layer and operation where an operation is to blame."""
@@ -67,9 +65,9 @@ class Comparison:
             )
         if (step := self.tokens.first_wrong_step()) is not None:
             return (
-                f"departs: output token {step}: a log-probability is off by {self.tokens.differences[step]:.3g}, though "
-                "the operations agree when they are launched one by one; see captured steps (enforce_eager), sampling "
-                "and the prefix cache"
+                f"departs: output token {step}: log-probabilities are off by {self.tokens.differences[step]:.3g}, "
+                "though the operations agree when they are launched one by one; see captured steps (enforce_eager), "
+                "sampling and the prefix cache"
             )
         if self.tokens.departs() and self.tokens.first_difference is not None:
             difference = self.tokens.first_difference
@@ -89,15 +87,32 @@ def describe(result: OperationResult) -> str:
         own = result.own
         head = "" if own.head is None else f", head {own.head}"
         words += (
-            f": off by {own.absolute:.3g} (relative {own.relative:.2g}, {own.ratio:.2g} times what is tolerated) at token "
-            f"{own.token}{head}, index {own.index}: {own.found:.6g} instead of {own.expected:.6g}"
+            f": off by {own.absolute:.3g} (relative {own.relative:.2g}, {own.ratio:.2g} times what is tolerated) at "
+            f"token {own.token}{head}, index {own.index}: {own.found:.6g} instead of {own.expected:.6g}"
         )
-    return f"{words}; it {result.hint}" if result.hint.startswith(("is ", "has ", "was ")) else (
-        f"{words}; {result.hint}" if result.hint else words
+    return (
+        f"{words}; it {result.hint}"
+        if result.hint.startswith(("is ", "has ", "was "))
+        else (f"{words}; {result.hint}" if result.hint else words)
     )
 
 
-def compare(llm: LLM, token_ids: list[int], max_tokens: int = 16, reference_device: str = "cpu") -> Comparison:
+def check_ranks(tensor_parallel_size: int) -> None:
+    """ValueError if there are several ranks, each of which knows only its share."""
+    if tensor_parallel_size > 1:
+        raise ValueError(
+            f"tensor_parallel_size is {tensor_parallel_size}: layers are compared on one rank (compare several with "
+            "one by --settings tensor_parallel_size=2 --against tensor_parallel_size=1)"
+        )
+
+
+def compare(
+    llm: LLM,
+    token_ids: list[int],
+    max_tokens: int = 16,
+    reference_device: str = "cpu",
+    reference: Reference | None = None,
+) -> Comparison:
     """Compare an engine with transformers, on a prompt.
 
     Args:
@@ -105,17 +120,14 @@ def compare(llm: LLM, token_ids: list[int], max_tokens: int = 16, reference_devi
         token_ids: The prompt.
         max_tokens: Greedy tokens to compare.
         reference_device: Where transformers runs.
+        reference: Its model, if it has been loaded before.
 
     Raises:
         ValueError: The engine has several ranks, the prompt does not fit, or transformers cannot load the checkpoint.
     """
     runner: Any = llm.engine.runner
     config = llm.engine.config
-    if config.tensor_parallel_size > 1:
-        raise ValueError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}: layers are compared on one rank (compare several "
-            "with one by --settings tensor_parallel_size=2 --against tensor_parallel_size=1)"
-        )
+    check_ranks(config.tensor_parallel_size)
     room = llm.engine.max_model_len - len(token_ids)
     if room < 1:
         raise ValueError(
@@ -131,7 +143,8 @@ def compare(llm: LLM, token_ids: list[int], max_tokens: int = 16, reference_devi
     prompts = [engine]
     if has_fused_kernels:
         prompts.append(record(llm, token_ids, plain=True, probe=True)[0])
-    reference = Reference(config.model, runner.dtype, config.hf_overrides, reference_device)
+    if reference is None:
+        reference = Reference(config.model, runner.dtype, config.hf_overrides, reference_device)
     eager = torch.cat([trace.values["lm_head"] for trace in (engine, decode) if trace is not None])
     return Comparison(
         token_ids=token_ids,
@@ -140,8 +153,6 @@ def compare(llm: LLM, token_ids: list[int], max_tokens: int = 16, reference_devi
         device=str(runner.device),
         has_fused_kernels=has_fused_kernels,
         layers=compare_layers(reference, prompts, decode, is_int8),
-        tokens=compare_tokens(
-            llm, reference, token_ids, max_tokens, eager[len(token_ids) - 1 :] if is_int8 else None
-        ),
+        tokens=compare_tokens(llm, reference, token_ids, max_tokens, eager[len(token_ids) - 1 :] if is_int8 else None),
         weights=compare_weights(llm),
     )

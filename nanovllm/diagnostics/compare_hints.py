@@ -91,7 +91,10 @@ def _guesses(name: str, redone: Redone) -> Iterator[tuple[str, Guess]]:
             source = f"layers.{number - 1}.output" if number else "embed_tokens"
         else:
             source = f"{prefix}.{before}"
-        yield "is its input: the norm was not applied", lambda: redone.value(source).view(redone.trace.values[name].shape)
+        yield (
+            "is its input: the norm was not applied",
+            lambda: redone.value(source).view(redone.trace.values[name].shape),
+        )
     if operation in ("q_rope", "k_rope"):
         heads = redone.value(f"{prefix}.{operation[0]}_norm")
         half = heads.shape[-1] // 2

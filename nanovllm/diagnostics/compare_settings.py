@@ -57,7 +57,16 @@ def _parsed(name: str, text: str, kind: Any) -> Any:
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     if bool in kinds:
-        known = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        known = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
         if text.lower() not in known:
             raise ValueError(f"{name} is {text!r}; use true or false")
         return known[text.lower()]
@@ -123,7 +132,8 @@ class SettingsComparison:
     Args:
         settings: The two.
         token_ids: The prompt.
-        answers: Of each, its two runs; the second has no log-probabilities of the prompt, so the prefix cache serves it.
+        answers: Of each, its two runs; of the second no log-probabilities of the prompt are asked, so that the prefix
+            cache may serve it.
         texts: Of each, the first run's text; empty without a tokenizer.
         differences: Between the settings, and between the runs of each.
         tolerance: Of log-probabilities.
@@ -153,12 +163,16 @@ class SettingsComparison:
             if self.first_operation is not None:
                 where = f"{place_of(self.first_operation[0])}: "
             if difference.largest > self.tolerance:
-                found = f"log-probabilities differ by up to {difference.largest:.3g} (at position {difference.position})"
+                found = (
+                    f"log-probabilities differ by up to {difference.largest:.3g} (at position {difference.position})"
+                )
             else:
                 found = f"output token {difference.first_difference} differs, and not by a close call"
             return f"departs: {where}{difference.what}: {found}; tolerated are {self.tolerance:g}"
         largest = max(difference.largest for difference in self.differences)
-        return f"equal within tolerance: log-probabilities differ by up to {largest:.3g}; tolerated are {self.tolerance:g}"
+        return (
+            f"equal within tolerance: log-probabilities differ by up to {largest:.3g}; tolerated are {self.tolerance:g}"
+        )
 
 
 def place_of(name: str) -> str:
@@ -192,7 +206,8 @@ def compare_settings(
     runs = [_run({**arguments, **settings}, token_ids, max_tokens) for settings in (first, second)]
     (a, trace_a, text_a, kind_a), (b, trace_b, text_b, kind_b) = runs
     kind = max(kind_a, kind_b, key=list(TOLERANCES).index)
-    first_operation, operations = None, {}
+    first_operation: tuple[str, float, int] | None = None
+    operations: dict[str, float] = {}
     if trace_a is not None and trace_b is not None:
         operations, first_operation = _operations(trace_a, trace_b, OPERATION_TOLERANCES[kind])
     return SettingsComparison(
@@ -217,7 +232,7 @@ def _run(
 ) -> tuple[list[Answer], Trace | None, str, str]:
     """Two runs, what the layers give, the text, and the key of its tolerance."""
     disabled = arguments.pop(DISABLE, "")
-    with _disabled(disabled), LLM(**arguments) as llm:
+    with without_kernels(disabled), LLM(**arguments) as llm:
         config = llm.engine.config
         dtype = llm.engine.runner.dtype
         kind = "int8" if config.quantization else "float32" if dtype == torch.float32 else "half"
@@ -229,7 +244,7 @@ def _run(
 
 
 @contextmanager
-def _disabled(names: str) -> Iterator[None]:
+def without_kernels(names: str) -> Iterator[None]:
     """Kernels switched off while an engine is made and used."""
     before = os.environ.get(kernels.DISABLE_VARIABLE)
     if names:
@@ -254,9 +269,7 @@ def _ask(llm: LLM, token_ids: list[int], max_tokens: int, prompt_logprobs: int |
     [output] = llm.generate([token_ids], params, use_tqdm=False)
     completion = output.outputs[0]
     known: list[dict[int, Logprob] | None] = list(output.prompt_logprobs or [])
-    of_prompt = [
-        entry[token].logprob for token, entry in zip(token_ids, known, strict=False) if entry is not None
-    ]
+    of_prompt = [entry[token].logprob for token, entry in zip(token_ids, known, strict=False) if entry is not None]
     logprobs = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs or []]
     return Answer(list(completion.token_ids), logprobs, of_prompt, output.num_cached_tokens)
 

@@ -53,7 +53,7 @@ class Trace:
     """What each operation gave, for the tokens of a run.
 
     Args:
-        path: How it was run: "engine" (prompts, as the engine runs them), "plain" (prompts, each operation by itself and
+        path: How it was run: "engine" (prompts, as the engine runs them), "plain" (prompts, each operation by itself,
             without fused kernels) or "decode" (tokens after the prompt, one a step).
         token_ids: The tokens.
         positions: Theirs.
@@ -342,7 +342,8 @@ def record(
         prompt_steps.append(steps.pop(0))
         rows += len(prompt_steps[-1]["positions"][0])
     steps = steps[:num_decoded]  # one may have been launched ahead
-    prompt = _joined("plain" if plain else "engine", prompt_steps, recorder.weights)
+    weights = recorder.weights if len(prompt_steps) == 1 else {}  # of a part of the prompt they tell nothing
+    prompt = _joined("plain" if plain else "engine", prompt_steps, weights)
     return prompt, _joined("decode", steps, {}) if steps else None, list(output.outputs[0].token_ids)
 
 

@@ -79,7 +79,7 @@ def compare_weights(llm: LLM) -> list[WeightComparison]:
         found.append(comparison)
         if list(ours.shape) != shape:
             comparison.differing, comparison.difference = values.numel(), float("inf")
-            comparison.hint = f"has shape {list(ours.shape)} here"
+            comparison.hint = f"has shape {list(ours.shape)} here" if ours.numel() else "is missing here"
             continue
         difference = (ours - right).abs()
         difference[ours.isnan() & right.isnan() | (ours == right)] = 0.0
@@ -127,7 +127,8 @@ class _Loaded:
         path, _, leaf = parameter.rpartition(".")
         module: Any = self.model.get_submodule(path)
         if not self.is_packed(parameter):
-            plain = getattr(module, leaf).detach().float().cpu()
+            found = getattr(module, leaf, None)
+            plain = torch.empty(0) if found is None else found.detach().float().cpu()
             return plain[: self.vocab_size] if hasattr(module, "vocab_size") else plain
         outputs = self.vocab_size if hasattr(module, "vocab_size") else None
         if not isinstance(module, PackableProduct):  # an embedding that shares the head's
