@@ -294,6 +294,35 @@ def test_a_wrong_captured_step_is_found_though_the_operations_are_right(checkpoi
         assert found.summary().startswith("departs: output token 1: ")
 
 
+def test_the_kernels_of_a_gpu_are_judged_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of few rows have kernels of their own there, in which most operations cannot be seen."""
+    pytest.importorskip("triton")
+    from tests.test_cuda_graphs import all_kernels
+
+    if torch.cuda.is_available():
+        pytest.skip("interprets the kernels, which are compiled here")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    path = write_checkpoint(tmp_path, **{**ODD, **sizes, "num_hidden_layers": 2, "head_dim": 16})
+    reference = Reference(str(path), torch.float32)
+    with all_kernels(monkeypatch), LLM(path, attention_backend="triton", **SMALL) as llm:
+        found = compare(llm, PROMPT[:5], max_tokens=2, reference=reference)
+        assert found.summary().startswith("equal"), comparison_text(found, verbose=True)
+        seen = {result.operation for result in found.layers.results if result.path == "decode"}
+        assert {"q_proj", "k_rope", "attention", "attention_residual", "activation", "output"} <= seen
+        assert not {"input_layernorm", "o_proj", "gate_proj"} & seen
+
+        layer = layer_of(llm, 1)
+        fused, down = layer.fused_linear, layer.mlp.down_proj.weight
+
+        def forgetful(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **keywords: Any) -> torch.Tensor:
+            return fused(x, weight, *rest, **{**keywords, **({"residual": None} if weight is down else {})})
+
+        monkeypatch.setattr(layer, "fused_linear", forgetful)
+        first = compare(llm, PROMPT[:5], max_tokens=1, reference=reference).departure()
+        assert first is not None
+        assert (first.path, first.layer, first.operation) == ("decode", 1, "output")
+
+
 def test_a_weight_says_whose_it_is(checkpoint: Path, reference: Reference) -> None:
     found = compared(checkpoint, reference, layers_have_each_others_weights)
     hints = {weight.name: weight.hint for weight in found.wrong_weights()}

@@ -130,22 +130,21 @@ class _Loaded:
             found = getattr(module, leaf, None)
             plain = torch.empty(0) if found is None else found.detach().float().cpu()
             return plain[: self.vocab_size] if hasattr(module, "vocab_size") else plain
-        outputs = self.vocab_size if hasattr(module, "vocab_size") else None
         if not isinstance(module, PackableProduct):  # an embedding that shares the head's
             return module.packed.rows(torch.arange(self.vocab_size)).float()
         norm = self.model.model.norm.weight  # of the dtype and device
-        inputs = len(norm) if outputs is not None else self._inputs(path, module)
+        inputs = module.span.length if hasattr(module, "span") else len(norm)  # of a row-parallel layer, or another
+        outputs = module.product(torch.zeros(1, inputs, dtype=norm.dtype, device=norm.device)).shape[1]
+        outputs = min(outputs, self.vocab_size) if hasattr(module, "vocab_size") else outputs
+        rows = module.packed.rows(torch.arange(outputs))
+        if rows is not None:
+            return rows.float()
         pieces = []
         for first in range(0, inputs, ROWS_AT_A_TIME):
             ones = torch.zeros(min(ROWS_AT_A_TIME, inputs - first), inputs, dtype=norm.dtype, device=norm.device)
             ones[:, first:].fill_diagonal_(1)
             pieces.append(module.product(ones, dtype=torch.float32).cpu())
         return torch.cat(pieces).t()[:outputs]
-
-    def _inputs(self, path: str, module: Any) -> int:
-        if hasattr(module, "span"):
-            return module.span.length  # of a row-parallel layer
-        return len(self.model.model.norm.weight)
 
 
 def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
