@@ -30,7 +30,12 @@ def add_parser(commands: Any) -> None:
     add("--max-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (default: 16)")
     add = parser.add_argument_group("what to compare").add_argument
     add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of LLM, such as dtype=bfloat16")
-    add("--against", nargs="+", metavar="NAME=VALUE", help="compare with these settings, not with transformers")
+    add(
+        "--against",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="compare with these settings (none: as it is), not transformers",
+    )
     add("--reference-device", default="cpu", metavar="DEVICE", help="where transformers runs (default: cpu)")
     add("--tolerance", type=float, metavar="X", help="of log-probabilities, with --against (default: by dtype)")
     add("--verbose", action="store_true", help="show every operation, weight and position")

@@ -34,11 +34,13 @@ class Reference:
             config = AutoConfig.from_pretrained(path, **(overrides or {}))
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, torch_dtype=dtype, attn_implementation="eager"
-            )
+            ).to(device)
         except Exception as error:  # whatever its parsers raise
-            raise ValueError(f"transformers cannot load {path}: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"transformers cannot load {path} onto {device}: {type(error).__name__}: {error}"
+            ) from error
         self.dtype = dtype
-        self.rounded: Any = model.eval().to(device)
+        self.rounded: Any = model.eval()
         self.exact: Any = self.rounded if dtype == torch.float32 else copy.deepcopy(self.rounded).float()
 
     def models(self) -> list[Any]:

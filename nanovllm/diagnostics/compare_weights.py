@@ -130,7 +130,8 @@ class _Loaded:
             found = getattr(module, leaf, None)
             plain = torch.empty(0) if found is None else found.detach().float().cpu()
             return plain[: self.vocab_size] if hasattr(module, "vocab_size") else plain
-        if not isinstance(module, PackableProduct):  # an embedding that shares the head's
+        is_product = isinstance(module, PackableProduct)
+        if not is_product:  # an embedding that shares the head's
             return module.packed.rows(torch.arange(self.vocab_size)).float()
         norm = self.model.model.norm.weight  # of the dtype and device
         inputs = module.span.length if hasattr(module, "span") else len(norm)  # of a row-parallel layer, or another
