@@ -178,9 +178,10 @@ def _tokens(tokens: TokenComparison) -> list[str]:
         lines = [f"greedy tokens: all {len(tokens.ours)} are the same"]
     else:
         call = "a close call: rounding decides" if first.is_close_call else "more than rounding explains"
+        preferred = "theirs" if first.margin > 0 else "ours"
         lines = [
-            f"greedy tokens: number {first.step} differs, {first.ours} here and {first.theirs} there; transformers "
-            f"prefers its own by {first.margin:.3g} ({call})"
+            f"greedy tokens: number {first.step} differs, {first.ours} here and {first.theirs} there; in float32 "
+            f"transformers prefers {preferred} by {abs(first.margin):.3g} ({call})"
         ]
     lines += [f"  nanovllm     {tokens.ours}", f"  transformers {tokens.theirs}"]
     if tokens.our_text or tokens.their_text:
