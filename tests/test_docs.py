@@ -170,7 +170,8 @@ def check_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         script = ROOT / arguments[0]
         assert script.exists(), arguments[0]
         known = script.read_text("utf-8").replace("_", "-")
-        known += "".join(one.read_text("utf-8").replace("_", "-") for one in (ROOT / "nanovllm" / "benchmarks").glob("*.py"))
+        parts = (ROOT / "nanovllm" / "benchmarks").glob("*.py")
+        known += "".join(one.read_text("utf-8").replace("_", "-") for one in parts)
         for option in options:
             assert option in known or f'"{option.removeprefix("--no-").removeprefix("--")}"' in known, option
     elif program.endswith("nanovllm") and arguments and not arguments[0].startswith("-"):

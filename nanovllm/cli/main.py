@@ -16,7 +16,7 @@ from nanovllm.errors import EngineDeadError
 from nanovllm.version import __version__
 
 # In the order of the help.
-COMMANDS = ("generate", "chat", "batch", "download", "inspect", "trace", "profile", "bench", "env")
+COMMANDS = ("generate", "chat", "batch", "download", "inspect", "compare", "trace", "profile", "bench", "env")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

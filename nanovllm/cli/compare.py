@@ -1,0 +1,83 @@
+"""``nanovllm compare``: the engine against transformers, layer by layer, or against itself with other settings."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from nanovllm.cli.options import add_command, add_model_options, model_arguments
+
+# A comparison needs room for one prompt, not for all of a machine's memory.
+DEFAULT_MAX_NUM_SEQS = 4
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "compare",
+        "find the layer and operation that departs from transformers, or between two settings",
+        "Run a prompt through the engine and through transformers, and say which layer and operation is the first to "
+        "depart: each is judged by the inputs that it had, so one that only passes on an error is not blamed. Greedy "
+        "tokens, log-probabilities and weights are compared too. With --against, two settings of the engine are "
+        "compared instead. Exits with 0 if all is equal within tolerance, 1 if it departs, 2 for bad input.",
+        "nanovllm compare --model Qwen3-0.6B --prompt 'The capital of France is'\n"
+        "nanovllm compare --settings attention_backend=matmul --against attention_backend=cpu",
+    )
+    add = parser.add_argument_group("what to run").add_argument
+    add("--prompt", metavar="TEXT", help="default: a conversation in the checkpoint's chat format")
+    add("--prompt-file", metavar="FILE", help="the prompt is this file's text")
+    add("--token-ids", metavar="IDS", help="the prompt is these token ids, as in 12,7,30")
+    add("--max-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (default: 16)")
+    add = parser.add_argument_group("what to compare").add_argument
+    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of LLM, such as dtype=bfloat16")
+    add(
+        "--against",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="compare with these settings (none: as it is), not transformers",
+    )
+    add("--reference-device", default="cpu", metavar="DEVICE", help="where transformers runs (default: cpu)")
+    add("--tolerance", type=float, metavar="X", help="of log-probabilities, with --against (default: by dtype)")
+    add("--verbose", action="store_true", help="show every operation, weight and position")
+    add("--json", action="store_true", help="print everything as JSON")
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nanovllm.diagnostics.compare_prompt import has_tokenizer, prompt_ids
+    from nanovllm.diagnostics.compare_settings import DISABLE, compare_settings, parse_settings
+
+    settings = parse_settings(args.settings)
+    against = None if args.against is None else parse_settings(args.against)
+    if sum(given is not None for given in (args.prompt, args.prompt_file, args.token_ids)) > 1:
+        raise ValueError("give one of --prompt, --prompt-file and --token-ids")
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
+    text = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
+    arguments: dict[str, Any] = {"max_num_seqs": DEFAULT_MAX_NUM_SEQS, **model_arguments(args)}
+    shared = {**arguments, **settings}
+    if not Path(shared["model"]).is_dir():
+        raise ValueError(f"model is {shared['model']!r}, which is not a directory; give that of a checkpoint")
+    overrides = shared.get("hf_overrides")
+    token_ids = prompt_ids(shared["model"], shared.get("tokenizer"), text, args.token_ids, overrides)
+    arguments["skip_tokenizer_init"] = not has_tokenizer(shared.get("tokenizer") or shared["model"])
+
+    if against is not None:
+        from nanovllm.diagnostics.compare_report import settings_json, settings_text
+
+        found = compare_settings(arguments, settings, against, token_ids, args.max_tokens, args.tolerance)
+        print(json.dumps(settings_json(found)) if args.json else settings_text(found, args.verbose))
+        return int(found.departs())
+
+    from nanovllm.diagnostics.compare import check_ranks, compare
+    from nanovllm.diagnostics.compare_report import comparison_json, comparison_text
+    from nanovllm.diagnostics.compare_settings import without_kernels
+    from nanovllm.llm import LLM
+
+    shared = {**arguments, **settings}
+    check_ranks(shared["tensor_parallel_size"])
+    with without_kernels(shared.pop(DISABLE, "")), LLM(**shared) as llm:
+        compared = compare(llm, token_ids, args.max_tokens, args.reference_device)
+    print(json.dumps(comparison_json(compared)) if args.json else comparison_text(compared, args.verbose))
+    return int(compared.departs())
