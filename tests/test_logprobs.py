@@ -15,6 +15,7 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.layers.temperature import Linear
 from nanovllm.outputs import Logprob
 from tests.checkpoints import load_reference, reference_logits
+from tests.ids import stable
 from tests.threads import one_thread  # noqa: F401
 
 VOCAB_SIZE = 211
@@ -115,7 +116,7 @@ class TestAgainstTransformers:
             {"logits_processors": [lambda output, logits: logits.mul_(-1)]},
             {"min_tokens": 8},
         ],
-        ids=str,
+        ids=stable,
     )
     def test_nothing_that_is_asked_of_the_sampling_changes_them(
         self, shared_llm: LLM, reference: Reference, changes: dict[str, Any]

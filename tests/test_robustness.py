@@ -27,6 +27,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils import progress
 from tests.checkpoints import make_model, reference_greedy
+from tests.ids import stable
 from tests.simulation import interrupt_at_lines
 from tests.threads import one_thread  # noqa: F401
 
@@ -692,7 +693,7 @@ def test_an_index_cannot_name_files_outside_its_directory(tiny_checkpoint: Path,
         make_llm(tmp_path / "model")
 
 
-@pytest.mark.parametrize("ambient", [torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("ambient", [torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16)], ids=stable)
 def test_the_callers_torch_contexts_change_nothing(
     tiny_checkpoint: Path, reference: Reference, ambient: torch.device | torch.autocast
 ) -> None:

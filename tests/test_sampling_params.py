@@ -17,6 +17,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers.temperature import Linear
+from tests.ids import stable
 from tests.threads import one_thread  # noqa: F401
 
 BOOLEANS = [
@@ -365,7 +366,7 @@ class TestValidation:
             ("bad_words", ["no", "never"], ("no", "never")),
             ("logits_processors", [len], (len,)),
         ],
-        ids=repr,
+        ids=stable,
     )
     def test_values_of_any_kind_are_kept_as_pythons_own(self, field: str, given: Any, kept: Any) -> None:
         found = getattr(SamplingParams(**{field: given}), field)
