@@ -153,8 +153,8 @@ def stream_is_lost_after_the_mlp(llm: LLM, patch: Patch) -> None:
     layer = layer_of(llm, 0)
     forward = layer.forward
 
-    def forgetful(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, residual = forward(*arguments)
+    def forgetful(*arguments: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, residual = forward(*arguments, **more)
         return hidden, torch.zeros_like(residual)
 
     patch.setattr(layer, "forward", forgetful)
