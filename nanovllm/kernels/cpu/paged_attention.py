@@ -99,8 +99,8 @@ class Workspace:
 
     def __init__(self, threads: int, lines: int, heads: int, head_dim: int) -> None:
         columns = value_columns(head_dim)
-        # By thread: tiles of queries, scores, weights and results, a vector of values, two numbers a row.
-        floats = TILE_ROWS * (head_dim + 2 * CHUNK + columns + 2) + columns * LANES
+        # By thread: tiles of queries, scores, weights and results, a vector of values, addresses, two numbers a row.
+        floats = TILE_ROWS * (head_dim + 2 * CHUNK + columns + 2) + columns * LANES + 4 * CHUNK // LANES
         self.tiles = torch.empty(threads, -(-floats // LANES) * LANES, dtype=torch.float32, device="cpu")
         self.partial_sums = torch.empty(lines, heads, 2, dtype=torch.float32, device="cpu")
         self.partial_outs = torch.empty(lines, heads, head_dim, dtype=torch.float32, device="cpu")
@@ -115,6 +115,7 @@ class _Cache(NamedTuple):
     value_stride: Any
     blocks: Any  # the sequence's line of the block tables, int32
     block_size: Any  # tokens
+    last: Any  # the last key
 
 
 class _Tiles(NamedTuple):
@@ -125,6 +126,7 @@ class _Tiles(NamedTuple):
     weights: Any  # [TILE_ROWS, CHUNK], of the cache's dtype
     totals: Any  # [TILE_ROWS, columns], float32
     tail: Any  # values of a vector of tokens
+    segments: Any  # two int64 for each vector of tokens in a chunk
     peaks: Any  # [TILE_ROWS], float32: the largest scaled score so far
     sums: Any  # [TILE_ROWS], float32: of the weights relative to it
 
@@ -134,6 +136,13 @@ def _keys_at(cache: Any, key: Any) -> Any:
     """Address of the keys of the vector of tokens that ``key`` begins."""
     block = types.int64(as_int32(cache.blocks)[key // cache.block_size])
     return cache.keys + block * cache.key_stride + key % cache.block_size * 4
+
+
+@njit(inline="always")
+def _keys_ahead(cache: Any, key: Any, columns: Any, pair: Any) -> Any:
+    """Address of as many bytes of keys as the values of a vector of tokens have, of the block that ``key`` is in."""
+    block = types.int64(as_int32(cache.blocks)[key // cache.block_size])
+    return cache.keys + block * cache.key_stride + key % cache.block_size // LANES * (LANES // pair * columns * 4)
 
 
 @njit(inline="always")
@@ -194,32 +203,40 @@ def _weigh(tiles: Any, row: Any, visible: Any, padded: Any, columns: Any, scale:
 
 
 @njit(inline="always")
-def _add_values(cache: Any, tiles: Any, rows: Any, chunk: Any, stop: Any, end: Any, columns: Any, is_half: Any) -> None:
-    """Add the weighted values of the tokens from ``chunk`` to ``stop`` to all rows."""
+def _add_values(
+    cache: Any, upcoming: Any, tiles: Any, rows: Any, chunk: Any, stop: Any, end: Any, columns: Any, is_half: Any
+) -> None:
+    """Add the weighted values of the tokens from ``chunk`` to ``stop`` to all rows.
+
+    Meanwhile the keys of the next chunk are asked for, or those that ``upcoming`` begins with.
+    """
     pair, width = (2, 2) if is_half else (1, 4)
-    value_row, weight_row, total_row = columns * 4, CHUNK * width, columns * 4
-    key = chunk
-    while key < stop:
+    weight_row, total_row, depth = CHUNK * width, columns * 4, LANES // pair
+    segments, table = (stop - chunk + LANES - 1) // LANES, as_int64(tiles.segments)
+    for segment in range(segments):
+        key = chunk + segment * LANES
         source = _values_at(cache, key, columns, pair)
-        length = min(cache.block_size - key % cache.block_size, stop - key)
-        if length >= LANES:
-            length = length // LANES * LANES
-        else:  # what lies behind is anybody's, NaN perhaps, which 0 times would spoil the sum
-            _copy_tail(source, tiles.tail, length, columns, pair)
+        if stop - key < LANES:  # what lies behind is anybody's, NaN perhaps, which 0 times would spoil the sum
+            _copy_tail(source, tiles.tail, stop - key, columns, pair)
             source = tiles.tail
-        depth = max(length, LANES) // pair
-        ahead = _keys_at(cache, min(key + CHUNK, end - 1))  # as many lines as there are of these values
-        for column in range(0, columns, COLUMNS):
-            for row in range(0, rows, MAX_ROWS):
-                count = min(MAX_ROWS, rows - row)
-                a = tiles.weights + row * weight_row + (key - chunk) * width
-                b, c = source + column * 4, tiles.totals + row * total_row + column * 4
-                lines = ahead + column * depth * 4
-                if is_half:
-                    add_bfloat16_values(count, a, weight_row, b, value_row, VECTOR_BYTES, depth, c, total_row, lines, 0)
-                else:
-                    add_float32_values(count, a, weight_row, b, value_row, VECTOR_BYTES, depth, c, total_row, lines, 0)
-        key += length
+        table[2 * segment] = source
+        if key + CHUNK < end:
+            table[2 * segment + 1] = _keys_ahead(cache, key + CHUNK, columns, pair)
+        else:
+            table[2 * segment + 1] = _keys_ahead(upcoming, min(key - chunk, upcoming.last), columns, pair)
+    for column in range(0, columns, COLUMNS):
+        for row in range(0, rows, MAX_ROWS):
+            count = min(MAX_ROWS, rows - row)
+            a, c = tiles.weights + row * weight_row, tiles.totals + row * total_row + column * 4
+            b, offset = tiles.segments, column * 4
+            if is_half:
+                add_bfloat16_values(
+                    count, a, weight_row, b, total_row, VECTOR_BYTES, depth, c, total_row, offset, segments
+                )
+            else:
+                add_float32_values(
+                    count, a, weight_row, b, total_row, VECTOR_BYTES, depth, c, total_row, offset, segments
+                )
 
 
 @njit(inline="always")
@@ -267,8 +284,9 @@ def _attention_kernel(is_half: bool) -> Kernel:
             outs_of_parts,
             workspace,
             workspace_bytes,
+            threads,
             scale_bits,
-        ) = integers(arguments, 19)
+        ) = integers(arguments, 20)
         fields, tokens, limits = as_int64(item_fields), as_int32(item_tokens), as_int32(item_limits)
         partial_sums, partial_outs = as_float32(sums_of_parts), as_float32(outs_of_parts)
         scale = as_float(scale_bits)
@@ -281,8 +299,9 @@ def _attention_kernel(is_half: bool) -> Kernel:
         weights = all_scores + TILE_ROWS * CHUNK * 4
         all_totals = weights + TILE_ROWS * CHUNK * 4
         tail = all_totals + TILE_ROWS * columns * 4
-        all_peaks = tail + LANES * columns * 4
-        tiles = _Tiles(queries, all_scores, weights, all_totals, tail, all_peaks, all_peaks + TILE_ROWS * 4)
+        segments = tail + LANES * columns * 4
+        all_peaks = segments + CHUNK // LANES * 16
+        tiles = _Tiles(queries, all_scores, weights, all_totals, tail, segments, all_peaks, all_peaks + TILE_ROWS * 4)
         totals, peaks, sums = as_float32(tiles.totals), as_float32(tiles.peaks), as_float32(tiles.sums)
 
         task = next_task(arguments)
@@ -298,6 +317,19 @@ def _attention_kernel(is_half: bool) -> Kernel:
                 kv_heads * value_bytes,
                 tables + line * table_width * 4,
                 block_size,
+                end - 1,
+            )
+            # What this thread takes next, if all take turns: its first keys are asked for while this is finished.
+            coming = min(task + threads, num_tasks(arguments) - 1)
+            coming_item, coming_head = coming // kv_heads * _ITEM_FIELDS, coming % kv_heads
+            upcoming = _Cache(
+                keys + coming_head * key_bytes,
+                values,
+                kv_heads * key_bytes,
+                kv_heads * value_bytes,
+                tables + fields[coming_item + 2] * table_width * 4,
+                block_size,
+                fields[coming_item + 4] - 1,
             )
             for i in range(count):  # the group's heads of a query lie side by side, and so do their rows
                 source = as_int32(q + (tokens[first + i] * heads + kv_head * group) * q_bytes)
@@ -317,7 +349,7 @@ def _attention_kernel(is_half: bool) -> Kernel:
                 for row in range(rows):
                     visible = min(stop, types.int64(limits[first + row // group])) - chunk
                     _weigh(tiles, row, visible, padded, columns, scale, is_half)
-                _add_values(here, tiles, rows, chunk, stop, end, columns, is_half)
+                _add_values(here, upcoming, tiles, rows, chunk, stop, end, columns, is_half)
 
             for row in range(rows):
                 head = kv_head * group + row % group
@@ -428,6 +460,7 @@ def paged_attention(
         workspace.partial_outs.data_ptr(),
         workspace.tiles.data_ptr(),
         workspace.tiles.stride(0) * 4,
+        workspace.tiles.shape[0],
         as_integer(scale * _LOG2_E),
     )
     combine_kernel(

@@ -379,6 +379,7 @@ def _tile_family(
     prefetched_apart: bool = False,
     adds: bool = False,
     min_rows: int = 1,
+    segmented: bool = False,
 ) -> Any:
     """An intrinsic that computes a tile of a matrix product in registers.
 
@@ -391,6 +392,10 @@ def _tile_family(
     - C: rows ``c_row`` apart, of ``COLUMNS`` float32 (int32 of int8 products).
     - ``ahead``: memory of which ``prefetched`` lines of 64 bytes a row of B are asked for, for later; if
       ``prefetched_apart``, each of them ``apart`` bytes from the one before, and those of the next row behind them.
+
+    If the family is ``segmented``, B lies in ``apart`` segments of ``depth`` rows each: ``b`` is the address of two
+    int64 a segment, where it begins and which memory is asked for meanwhile. ``ahead`` is how many bytes behind its
+    beginning the tile's columns lie; the lines that are asked for lie ``depth`` times as many behind theirs.
     """
 
     def body(builder: Any, rows: int, arguments: list[Any], done: Any) -> None:
@@ -454,17 +459,22 @@ def _tile_family(
             builder.position_at_end(after)
             return states
 
-        start = ir.Constant(_I64, 0)
+        def go_through(totals: list[Any], start: Any, stop: Any, b: Any, ahead: Any) -> list[Any]:
+            """The rows of B from ``start`` to ``stop``, which lie one after another."""
+            if unroll > 1:
+                start, b, ahead, *totals = loop(totals, start, stop, b, ahead, unroll)
+            return loop(totals, start, stop, b, ahead, 1)[3:]
+
         assert builder.block is entry
-        if unroll > 1:
-            states = loop(first, start, depth, b, ahead, unroll)
-            start, b, ahead, first = states[0], states[1], states[2], states[3:]
-        totals = loop(first, start, depth, b, ahead, 1)[3:]
+        if segmented:
+            totals = _each_segment(builder, first, b, depth, ahead, apart, go_through)
+        else:
+            totals = go_through(first, ir.Constant(_I64, 0), depth, b, ahead)
         for total, target in zip(totals, targets, strict=True):
             builder.store(total, _at(builder, target, accumulator), align=4)
         builder.branch(done)
 
-    name = f"tile.{multiply.__name__}.{prefetched}.{prefetched_apart}.{adds}.{min_rows}"
+    name = f"tile.{multiply.__name__}.{prefetched}.{prefetched_apart}.{adds}.{min_rows}.{segmented}"
 
     @intrinsic
     def tile(typing_context, rows, a, a_row, b, b_row, b_column, depth, c, c_row, ahead, apart):  # type: ignore[no-untyped-def]
@@ -475,6 +485,41 @@ def _tile_family(
         return types.void(*[types.int64] * 11), generate
 
     return tile
+
+
+def _each_segment(
+    builder: Any,
+    totals: list[Any],
+    table: Any,
+    depth: Any,
+    offset: Any,
+    count: Any,
+    go_through: Callable[..., list[Any]],
+) -> list[Any]:
+    """Go through the segments that a table names; see ``_tile_family``."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block("segment") for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    states = []
+    for initial in (ir.Constant(_I64, 0), *totals):
+        phi = builder.phi(initial.type)
+        phi.add_incoming(initial, before)
+        states.append(phi)
+    number = states[0]
+    builder.cbranch(builder.icmp_signed("<", number, count), inside, after)
+    builder.position_at_end(inside)
+    entry = builder.add(table, builder.mul(number, ir.Constant(_I64, 16)))
+    b = builder.add(builder.load(_at(builder, entry, _I64)), offset)
+    lines = builder.load(_at(builder, builder.add(entry, ir.Constant(_I64, 8)), _I64))
+    lines = builder.add(lines, builder.mul(offset, depth))
+    start = builder.mul(number, depth)
+    sums = go_through(states[1:], start, builder.add(start, depth), b, lines)
+    for phi, value in zip(states, (builder.add(number, ir.Constant(_I64, 1)), *sums), strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return states[1:]
 
 
 def _tile_function(module: Any, name: str, body: Callable[..., None], min_rows: int) -> Any:
@@ -508,9 +553,9 @@ _LEAST_OF_THREE = (2 * MAX_ROWS + 1) // 3
 
 # For attention. The factors come from the cache: while one is gone through, the next is asked for.
 float32_scores = _tile_family(_fused_multiply_add, _FLOATS, prefetched=2, prefetched_apart=True)
-add_float32_values = _tile_family(_fused_multiply_add, _FLOATS, prefetched=2, adds=True)
+add_float32_values = _tile_family(_fused_multiply_add, _FLOATS, prefetched=2, adds=True, segmented=True)
 bfloat16_scores = _tile_family(_add_bfloat16_products, _FLOATS, prefetched=2, prefetched_apart=True)
-add_bfloat16_values = _tile_family(_add_bfloat16_products, _FLOATS, prefetched=2, adds=True)
+add_bfloat16_values = _tile_family(_add_bfloat16_products, _FLOATS, prefetched=2, adds=True, segmented=True)
 # For weights, which come from memory and not from a cache. While a panel is gone through once, twice or more often, the
 # next one is asked for: two lines for each row of the only tile, one each in the first two of several.
 bfloat16_tile_of_one = _tile_family(_add_bfloat16_products, _FLOATS, prefetched=2, adds=True)
