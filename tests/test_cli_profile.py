@@ -189,6 +189,7 @@ def test_the_command_writes_figures_and_a_trace(tmp_path: Path, capsys: pytest.C
     [
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--output-len", "1"], "at least 2"),
+        (["--top", "16"], "--top is 16; a profile lists 15"),
         (["--tensor-parallel-size", "2"], "one rank"),
         (["--json", "nowhere/p.json"], "its folder does not exist"),
         (["--prompt-len", "100000"], "max_model_len is 4096"),

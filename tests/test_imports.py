@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # Engines beside each other; each of peers' modules runs in an environment without the rest of the package.
     "benchmarks": {"", "demo", "kernels", *PLAIN},
-    "benchmarks.peers": {"", "benchmarks"},
+    "benchmarks.peers": {"", "benchmarks", "utils"},
     "hub": {"models", *UTILS},
     "batch": {"batch_rows", "llm", *PLAIN},
     "batch_rows": {"llm", *PLAIN},

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from nanovllm.cli.options import add_command, add_model_options, model_arguments
@@ -39,7 +38,5 @@ def run(args: argparse.Namespace) -> int:
 
     arguments = model_arguments(args)
     found = inspect_checkpoint(arguments.pop("model"), args.section, statistics=not args.no_statistics, **arguments)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character must not end the command
     print(json.dumps(found.to_json(), indent=2) if args.json else render(found))
     return 1 if found.problems else 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import textwrap
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nanovllm.demo import DEMO_MODEL_PATH
@@ -64,6 +65,13 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What SamplingParams is to be given of them."""
     names = ("max_tokens", "temperature", "top_p", "top_k")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def check_folders(*files: str | None) -> None:
+    """ValueError if a file that is to be written could not be: better now than after the work; None is no file."""
+    for file in files:
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{file} cannot be written: its folder does not exist")
 
 
 def json_object(text: str) -> dict[str, Any]:

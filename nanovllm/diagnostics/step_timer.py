@@ -131,8 +131,8 @@ class StepTimer:
         with ExitStack() as stack:
 
             def watch(part: str, owner: Any, name: str) -> None:
-                if hasattr(owner, name):
-                    stack.enter_context(replaced(owner, name, self.timed(part, getattr(owner, name))))
+                # An AttributeError for one that is not there: left out, its time would be told as another part's.
+                stack.enter_context(replaced(owner, name, self.timed(part, getattr(owner, name))))
 
             watch("schedule", engine.scheduler, "schedule")
             watch("batch state", runner.batch_state, "apply")
@@ -200,7 +200,7 @@ class StepTimer:
 
 
 def _watch_model(watch: Callable[[str, Any, str], None], runner: Any) -> None:
-    """Watch the parts of a decoder: those of its attributes that it has."""
+    """Watch the parts of a decoder and what makes tokens of its logits."""
     model = runner.model
     decoder = model.model
     watch("embedding", decoder.embed_tokens, "forward")
