@@ -16,8 +16,9 @@ from nanovllm.cli import main
 from nanovllm.cli.profile import report
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.diagnostics.device_trace import device_parts, device_usage
+from nanovllm.diagnostics.replacing import replaced
 from nanovllm.diagnostics.step_profile import StepProfile, profile_steps
-from nanovllm.diagnostics.step_timer import MODEL_PARTS, StepTimer, replaced
+from nanovllm.diagnostics.step_timer import MODEL_PARTS, StepTimer
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_handle import StepHandle
 

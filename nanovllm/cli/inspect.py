@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     )
     add("--no-statistics", action="store_true", help="read the tensors' names, dtypes and shapes, not their numbers")
     add("--json", action="store_true", help="print JSON")
-    add_model_options(parser)
+    add_model_options(parser, samples=False)
     parser.set_defaults(run=run)
 
 

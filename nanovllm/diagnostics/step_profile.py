@@ -7,7 +7,6 @@ the fastest of the rounds counts, so that what else the machine did meanwhile do
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from nanovllm.diagnostics.device_trace import device_parts, device_usage, profiled_events
-from nanovllm.diagnostics.step_timer import PARTS, Slice, StepTimer, StepTimes, replaced, timed_kernels
+from nanovllm.diagnostics.replacing import one_by_one
+from nanovllm.diagnostics.step_timer import PARTS, Slice, StepTimer, StepTimes, timed_kernels
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.random_requests import Workload
@@ -158,15 +158,15 @@ def _profile(
     as_run = StepTimer()
     unwatched, watched = StepTimer(), StepTimer(device if device.type == "mps" else None)
     bench.run()
-    with _one_by_one(llm):
+    with one_by_one(llm.engine.runner):
         bench.run()
     rounds_of: dict[str, list[list[StepTimes]]] = {"as run": [], "unwatched": [], "watched": []}
     for _ in range(rounds):  # in turn, so that a machine that is slow for a while is so to all
         with as_run.watching(llm, model=False):
             rounds_of["as run"].append(bench.steps_of(as_run))
-        with _one_by_one(llm), unwatched.watching(llm, model=False):
+        with one_by_one(llm.engine.runner), unwatched.watching(llm, model=False):
             rounds_of["unwatched"].append(bench.steps_of(unwatched))
-        with _one_by_one(llm), watched.watching(llm):
+        with one_by_one(llm.engine.runner), watched.watching(llm):
             rounds_of["watched"].append(bench.steps_of(watched))
     on_device = device.type == "cuda"
     operations = _profile_device(llm, bench) if on_device else _profile_host(llm, bench, rounds)
@@ -258,16 +258,6 @@ def _check(llm: LLM, batch_size: int, prompt_len: int, output_len: int) -> None:
         )
 
 
-@contextmanager
-def _one_by_one(llm: LLM) -> Iterator[None]:
-    """Run decode steps operation by operation meanwhile."""
-    runner = llm.engine.runner
-    with ExitStack() as stack:
-        for name in ("recorded", "graphs"):
-            stack.enter_context(replaced(runner, name, None))
-        yield
-
-
 def _seconds(step: StepTimes) -> float:
     return step.seconds
 
@@ -318,7 +308,7 @@ def _profile_device(llm: LLM, bench: _Bench) -> _Operations:
         ]
         found.trace += events
     timer = StepTimer(annotate=True)
-    with _one_by_one(llm), timer.watching(llm):
+    with one_by_one(llm.engine.runner), timer.watching(llm):
         for name, events, steps in _phases_of(bench, watch):
             parts = device_parts(events)
             found.parts[name] = [
@@ -347,7 +337,7 @@ def _profile_host(llm: LLM, bench: _Bench, rounds: int) -> _Operations:
             for event in profiler.key_averages()
         ]
 
-    with _one_by_one(llm):
+    with one_by_one(llm.engine.runner):
         for _ in range(rounds):
             for name, operations, steps in _phases_of(bench, watch):
                 for one in operations:

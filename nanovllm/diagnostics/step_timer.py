@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanovllm.diagnostics.replacing import replaced
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_handle import StepHandle
 from nanovllm.engine.step_plan import StepPlan
@@ -60,21 +61,6 @@ class StepTimes:
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object (a class, a module) another attribute until the end of the context."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 class StepTimer:
