@@ -19,20 +19,22 @@ from numba import njit, types
 
 from nanovllm.kernels.cpu.kv_cache import value_columns
 from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, new, next_task, num_tasks, thread_number
-from nanovllm.kernels.cpu.vectors import (
+from nanovllm.kernels.cpu.tiles import (
     COLUMNS,
-    LANES,
     MAX_ROWS,
-    VECTOR_BYTES,
     add_bfloat16_values,
     add_float32_values,
+    bfloat16_scores,
+    float32_scores,
+)
+from nanovllm.kernels.cpu.vectors import (
+    LANES,
+    VECTOR_BYTES,
     as_float32,
     as_int32,
     as_int64,
     as_uint16,
-    bfloat16_scores,
     exp2,
-    float32_scores,
     is_finite,
     largest,
     quickly_narrow,
