@@ -16,8 +16,9 @@ from nanovllm.cli import main
 from nanovllm.cli.profile import report
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.diagnostics.device_trace import device_parts, device_usage
+from nanovllm.diagnostics.replacing import replaced
 from nanovllm.diagnostics.step_profile import StepProfile, profile_steps
-from nanovllm.diagnostics.step_timer import MODEL_PARTS, StepTimer, replaced
+from nanovllm.diagnostics.step_timer import MODEL_PARTS, StepTimer
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_handle import StepHandle
 
@@ -189,6 +190,7 @@ def test_the_command_writes_figures_and_a_trace(tmp_path: Path, capsys: pytest.C
     [
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--output-len", "1"], "at least 2"),
+        (["--top", "16"], "--top is 16; a profile lists 15"),
         (["--tensor-parallel-size", "2"], "one rank"),
         (["--json", "nowhere/p.json"], "its folder does not exist"),
         (["--prompt-len", "100000"], "max_model_len is 4096"),

@@ -18,11 +18,11 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.cli import main
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.diagnostics.books import Books, Event
-from nanovllm.diagnostics.random_workload import RandomWorkload
 from nanovllm.diagnostics.recorder import Recorder, record
 from nanovllm.diagnostics.run_record import RunRecord
 from nanovllm.diagnostics.trace_page import page_data, trace_page
 from nanovllm.engine import scheduler
+from nanovllm.utils.random_requests import Workload as RandomWorkload
 from tests.simulation import Simulation
 from tests.test_scheduler_properties import Workload, perform, workloads
 
@@ -158,9 +158,9 @@ def scarce() -> RunRecord:
         LLM(DEMO_MODEL_PATH, device="cpu", num_kvcache_blocks=18, max_num_seqs=4) as llm,
         record(llm, check=True) as run,
     ):
-        prompts, lengths = workload.draw(0, llm.engine.model_config.vocab_size)
-        params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        requests = workload.draw(0, llm.engine.model_config.vocab_size)
+        params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in requests.output_lens]
+        outputs = llm.generate(requests.prompts, params, use_tqdm=False)
         run.engine["outputs"] = [len(output.outputs[0].token_ids) for output in outputs]
         run.engine["metrics"] = llm.get_metrics()
     return run
@@ -334,6 +334,10 @@ def test_a_file_of_prompts_is_run(tmp_path: Path) -> None:
         (["--workload", "3:4"], "workload '3:4' is not N:PROMPT_LO"),
         (["--workload", "3:8-4:1-2"], "runs backwards"),
         (["--workload", "3:8:4", "hello"], "only one of them"),
+        (["--workload", "3:8:4", "--max-tokens", "9"], "--max-tokens is for prompts"),
+        (["--raw"], "--raw is for prompts"),
+        (["--chat-template-kwargs", "{}"], "--chat-template-kwargs is for prompts"),
+        (["hello", "--raw", "--chat-template-kwargs", "{}"], "exclude each other"),
         (["--file", "missing.txt"], "missing.txt"),
         (["--html", "nowhere/t.html"], "its folder does not exist"),
         (["--num-kvcache-blocks", "0"], "num_kvcache_blocks is 0"),

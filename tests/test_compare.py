@@ -18,8 +18,8 @@ import pytest
 from nanovllm.benchmarks import bench, compare, plot, report
 from nanovllm.benchmarks.compare import Comparison
 from nanovllm.benchmarks.engine_process import EngineSpec
-from nanovllm.benchmarks.workloads import Requests, Workload
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint
+from nanovllm.utils.random_requests import Requests, Workload
 from tests.test_engine_process import fake_spec, noted_processes, wait_until_gone
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -339,8 +339,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 CHECK_ATTENTION = """
 import torch
-from nanovllm.kernels.cpu import vectors
-print(vectors.HAS_AVX512, vectors.HAS_BF16_PRODUCTS, vectors.HAS_INT8_PRODUCTS, vectors.MAX_ROWS)
+from nanovllm.kernels.cpu import tiles, vectors
+print(vectors.HAS_AVX512, vectors.HAS_BF16_PRODUCTS, vectors.HAS_INT8_PRODUCTS, tiles.MAX_ROWS)
 from tests.test_cpu_attention import Batch, Row, World
 rows = [Row(None, 0, 200, 1), Row(0, 8, 3, 40), Row(None, 0, 0, 3)]
 World(Batch(rows, 16), 2, 3, 66, torch.bfloat16).assert_close()

@@ -18,7 +18,7 @@ if (reason := kernels.why_no_cpu_kernels()) is not None:
 
 from numba import njit, types
 
-from nanovllm.kernels.cpu import kv_cache, linear, vectors
+from nanovllm.kernels.cpu import kv_cache, linear, tiles, vectors
 from nanovllm.kernels.cpu.block_sums import block_sums
 from nanovllm.kernels.cpu.embedding import embedding
 from nanovllm.kernels.cpu.qk_norm_rope_store import _next_block, qk_norm_rope_store
@@ -260,7 +260,7 @@ def test_rows_of_a_packed_weight_are_those_that_were_packed(outputs, pairs, coun
     packed = linear.pack(weight)
     ids = torch.randint(outputs, (2 * count,), generator=generator)[::2]
     assert torch.equal(bits(linear.unpack_rows(packed, ids)), bits(weight[ids]))
-    assert packed.shape == (-(-outputs // vectors.COLUMNS), pairs, vectors.COLUMNS, 2)
+    assert packed.shape == (-(-outputs // tiles.COLUMNS), pairs, tiles.COLUMNS, 2)
 
 
 @examples(30)

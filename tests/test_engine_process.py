@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from nanovllm.benchmarks.engine_process import EngineError, EngineProcess, EngineSpec
-from nanovllm.benchmarks.workloads import Requests
+from nanovllm.utils.random_requests import Requests
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="engines are stopped with POSIX signals")
 

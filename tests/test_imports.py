@@ -1,6 +1,7 @@
 """Imports point one way, and the package imports on any machine."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # Engines beside each other; each of peers' modules runs in an environment without the rest of the package.
     "benchmarks": {"", "demo", "kernels", *PLAIN},
-    "benchmarks.peers": {"", "benchmarks"},
+    "benchmarks.peers": {"", "benchmarks", "utils"},
     "hub": {"models", *UTILS},
     "batch": {"batch_rows", "llm", *PLAIN},
     "batch_rows": {"llm", *PLAIN},
@@ -226,6 +227,19 @@ def test_optional_packages_are_imported_only_where_they_are_used(optional: str) 
         if part_of(module) not in OPTIONAL[optional]:
             at_import = {name.partition(".")[0] for name in imports(module, everywhere=False)}
             assert optional not in at_import, f"nanovllm.{module} needs {optional} to be imported"
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Not only there because something else happens to need it; peers' modules run in environments of their own."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    declared = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)(?:[<>=]=)', text)}
+    assert {"torch", "numba", "matplotlib"} <= declared
+    for module in MODULES:
+        if part_of(module) != "benchmarks.peers":
+            used = {name.partition(".")[0] for name in imports(module)} - sys.stdlib_module_names
+            # numba is made of llvmlite, and pins its version; only type checkers read typing_extensions.
+            undeclared = used - declared - {"nanovllm", "llvmlite", "typing_extensions"}
+            assert not undeclared, f"nanovllm.{module} imports {undeclared}, which pyproject.toml does not name"
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

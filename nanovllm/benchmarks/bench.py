@@ -20,12 +20,13 @@ from nanovllm.benchmarks.hf_engines import HFContinuousEngine, HFEngine
 from nanovllm.benchmarks.nanovllm_engine import NanovllmEngine, OneRankEngine
 from nanovllm.benchmarks.options import EXAMPLES, SUMMARY, TURNS, add_options
 from nanovllm.benchmarks.report import failures, result_of, summarise
-from nanovllm.benchmarks.workloads import PRESETS, Requests, Workload, gib
+from nanovllm.benchmarks.workloads import PRESETS, gib
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.kernels import DISABLE_VARIABLE
 from nanovllm.utils.environment import hardware, versions
 from nanovllm.utils.memory import peak_cpu_memory
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint
+from nanovllm.utils.random_requests import Requests, Workload
 
 Engine = NanovllmEngine | HFEngine
 ENGINES: dict[str, type[Engine]] = {

@@ -17,7 +17,7 @@ from nanovllm.benchmarks.engine_process import EngineError, EngineProcess, Engin
 from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS, OTHER_OPTIONS
 from nanovllm.benchmarks.plot import draw, require_matplotlib
 from nanovllm.benchmarks.report import Result, engine_table, failures, page, result_of, summarise, workload_table
-from nanovllm.benchmarks.workloads import Requests, Workload
+from nanovllm.utils.random_requests import Requests, Workload
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LAUNCHER = PACKAGE / "benchmarks" / "peers" / "launch.py"

@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-from nanovllm.benchmarks.workloads import Requests, check_lengths
+from nanovllm.benchmarks.workloads import check_lengths
+from nanovllm.utils.random_requests import Requests
 
 QUIT_SECONDS = 10.0
 """What an engine gets to end by itself, before it is killed."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import transformers
 
-from nanovllm.benchmarks.workloads import Requests, check_lengths
+from nanovllm.benchmarks.workloads import check_lengths
+from nanovllm.utils.random_requests import Requests
 
 
 class HFEngine:

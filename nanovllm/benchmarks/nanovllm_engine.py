@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.benchmarks.workloads import Requests, check_lengths, gib
+from nanovllm.benchmarks.workloads import check_lengths, gib
+from nanovllm.utils.random_requests import Requests
 from nanovllm.utils.threads import ThreadLimit
 
 INTEGER_OPTIONS = (  # passed on as they are

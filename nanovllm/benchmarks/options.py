@@ -1,12 +1,18 @@
 """The options of ``bench.py`` and ``nanovllm bench``. Needs no other engine, so that help is given at once."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from nanovllm.benchmarks.compare import COMPARED_SHAPE, compared_names
 from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS
-from nanovllm.benchmarks.workloads import PRESETS, Workload, length_range, whole_number
+from nanovllm.benchmarks.workloads import PRESETS
 from nanovllm.utils.random_checkpoint import SHAPES, default_cache
+from nanovllm.utils.random_requests import Workload, length_range, whole_number
+
+Value = TypeVar("Value")
 
 ENGINE_NAMES = ("nanovllm", "one-rank", "hf", "hf-cb")
 SUMMARY = "output tokens a second on random token ids, every request run to its full length"
@@ -34,20 +40,33 @@ def engine_names(text: str) -> list[str]:
     return names
 
 
+def told(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """``parse`` as an option's type: argparse shows the message of an ArgumentTypeError, but not a ValueError's."""
+
+    def parsed(text: str) -> Value:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """All options of the benchmark."""
-    count, natural = whole_number(1), whole_number(0)
+    count, natural = told(partial(whole_number, least=1)), told(partial(whole_number, least=0))
+    lengths = told(length_range)
 
     add = parser.add_argument_group("workload").add_argument
     presets = "; ".join(f"{name} is {spec}" for name, spec in PRESETS.items())
     add("--preset", choices=PRESETS, help=f"{presets} (default: full)")
     add("--num-requests", type=count, metavar="N", help="instead of the preset's")
-    add("--prompt-len", type=length_range, metavar="LO-HI", help="instead of the preset's")
-    add("--output-len", type=length_range, metavar="LO-HI", help="instead of the preset's")
+    add("--prompt-len", type=lengths, metavar="LO-HI", help="instead of the preset's")
+    add("--output-len", type=lengths, metavar="LO-HI", help="instead of the preset's")
     add("--shared-prefix", type=natural, metavar="N", help="tokens put before every prompt (default: 0)")
     spec = "N:LO-HI:LO-HI[:PREFIX]"
     spec_help = "all of that in short: requests, prompt and output lengths, shared prefix; may be repeated"
-    add("--workload", type=Workload.parse, action="append", metavar=spec, help=spec_help)
+    add("--workload", type=told(Workload.parse), action="append", metavar=spec, help=spec_help)
     add("--seed", type=natural, default=0, help="of prompts, lengths and sampling (default: 0)")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
 

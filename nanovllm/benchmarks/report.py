@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from nanovllm.benchmarks.workloads import Requests, Workload, gib
+from nanovllm.benchmarks.workloads import gib
+from nanovllm.utils.random_requests import Requests, Workload
 
 Result = dict[str, Any]
 

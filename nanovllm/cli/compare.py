@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     add("--tolerance", type=float, metavar="X", help="of log-probabilities, with --against (default: by dtype)")
     add("--verbose", action="store_true", help="show every operation, weight and position")
     add("--json", action="store_true", help="print everything as JSON")
-    add_model_options(parser)
+    add_model_options(parser, samples=False)
     parser.set_defaults(run=run)
 
 

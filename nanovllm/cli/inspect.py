@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from nanovllm.cli.options import add_command, add_model_options, model_arguments
@@ -29,7 +28,7 @@ def add_parser(commands: Any) -> None:
     )
     add("--no-statistics", action="store_true", help="read the tensors' names, dtypes and shapes, not their numbers")
     add("--json", action="store_true", help="print JSON")
-    add_model_options(parser)
+    add_model_options(parser, samples=False)
     parser.set_defaults(run=run)
 
 
@@ -39,7 +38,5 @@ def run(args: argparse.Namespace) -> int:
 
     arguments = model_arguments(args)
     found = inspect_checkpoint(arguments.pop("model"), args.section, statistics=not args.no_statistics, **arguments)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character must not end the command
     print(json.dumps(found.to_json(), indent=2) if args.json else render(found))
     return 1 if found.problems else 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import textwrap
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nanovllm.demo import DEMO_MODEL_PATH
@@ -27,8 +28,8 @@ def add_command(commands: Any, name: str, summary: str, description: str, exampl
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that loads a model."""
+def add_model_options(parser: argparse.ArgumentParser, samples: bool = True) -> None:
+    """Options of every command that loads a model; those of the noise only where the command ``samples``."""
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="PATH", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
     add("--tokenizer", metavar="PATH", help="tokenizer directory (default: the model's)")
@@ -38,14 +39,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")
     add("--quantization", choices=["int8"], help="weights in eight bits, on the CPU")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="processes that share the model (default: 1)")
-    add("--seed", type=int, default=0, metavar="N", help="noise of requests without a seed of their own (default: 0)")
+    if samples:
+        add(
+            "--seed",
+            type=int,
+            default=0,
+            metavar="N",
+            help="noise of requests without a seed of their own (default: 0)",
+        )
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What LLM is to be given of them."""
     names = ["model", "tokenizer", "device", "dtype", "quantization", "tensor_parallel_size", "max_model_len"]
     names += ["max_num_seqs", "seed"]
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: str = "64") -> None:
@@ -64,6 +72,13 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What SamplingParams is to be given of them."""
     names = ("max_tokens", "temperature", "top_p", "top_k")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def check_folders(*files: str | None) -> None:
+    """ValueError if a file that is to be written could not be: better now than after the work; None is no file."""
+    for file in files:
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{file} cannot be written: its folder does not exist")
 
 
 def json_object(text: str) -> dict[str, Any]:

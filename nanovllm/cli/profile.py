@@ -5,9 +5,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanovllm.cli.options import add_command, add_model_options, model_arguments
+from nanovllm.cli.options import add_command, add_model_options, check_folders, model_arguments
+
+if TYPE_CHECKING:
+    from nanovllm.diagnostics.step_profile import PhaseProfile, StepProfile
 
 
 def add_parser(commands: Any) -> None:
@@ -43,15 +46,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output-len is {args.output_len}; it must be at least 2, or nothing is decoded")
     if args.tensor_parallel_size > 1:
         raise ValueError("a profile is of one rank: leave out --tensor-parallel-size")
-    for path in filter(None, (args.json, args.perfetto)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: its folder does not exist")
+    check_folders(args.json, args.perfetto)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to stderr when it starts and stops
 
     from nanovllm.diagnostics.perfetto import name_events, slice_event, write_trace
-    from nanovllm.diagnostics.step_profile import profile_steps
+    from nanovllm.diagnostics.step_profile import MOST_OPERATIONS, profile_steps
     from nanovllm.llm import LLM
+
+    if args.top > MOST_OPERATIONS:
+        raise ValueError(f"--top is {args.top}; a profile lists {MOST_OPERATIONS} operations at most")
 
     with LLM(**model_arguments(args)) as llm:
         params = llm.get_default_sampling_params()
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(profile: Any, top: int) -> str:
+def report(profile: "StepProfile", top: int) -> str:
     """The profile as tables."""
     engine = profile.engine
     facts = [engine["device"], engine["dtype"], engine["quantization"], f"{engine['attention_backend']} attention"]
@@ -87,7 +91,7 @@ def report(profile: Any, top: int) -> str:
     return "\n".join(lines)
 
 
-def phase_lines(name: str, phase: Any, engine: dict[str, Any], top: int) -> list[str]:
+def phase_lines(name: str, phase: "PhaseProfile", engine: dict[str, Any], top: int) -> list[str]:
     """The tables of a phase."""
     whole = phase.parts_seconds
     how = f", {engine['decode_steps']}" if name == "decode" else ""

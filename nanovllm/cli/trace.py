@@ -4,10 +4,21 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanovllm.cli.options import add_command, add_model_options, add_sampling_options, model_arguments
-from nanovllm.cli.options import sampling_arguments as sampling_of
+from nanovllm.cli.options import (
+    add_command,
+    add_model_options,
+    add_sampling_options,
+    check_folders,
+    model_arguments,
+    sampling_arguments,
+)
+
+if TYPE_CHECKING:
+    from nanovllm.diagnostics.run_record import RunRecord
+    from nanovllm.llm import LLM
+    from nanovllm.sampling_params import SamplingParams
 
 DEFAULT_WORKLOAD = "16:16-96:16-64:48"
 
@@ -49,16 +60,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nanovllm.diagnostics.random_workload import RandomWorkload
+    from nanovllm.utils.random_requests import Workload
 
     if sum(map(bool, (args.prompts, args.file, args.workload))) > 1:
         raise ValueError("give prompts, --file or --workload, and only one of them")
     spec = args.workload or (None if args.prompts or args.file else DEFAULT_WORKLOAD)
-    workload = None if spec is None else RandomWorkload.parse(spec)
+    workload = None if spec is None else Workload.parse(spec)
     requests = read_requests(args.file) if args.file else list(args.prompts)
-    for path in filter(None, (args.html, args.perfetto, args.json)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: its folder does not exist")
+    check_options_of_prompts(args, are_random=workload is not None)
+    check_folders(args.html, args.perfetto, args.json)
 
     import dataclasses
 
@@ -66,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from nanovllm.llm import LLM
     from nanovllm.sampling_params import SamplingParams
 
-    given = sampling_of(args)
+    given = sampling_arguments(args)
     SamplingParams(**given)  # checked before the model is loaded
     names = ("num_kvcache_blocks", "kvcache_block_size", "max_num_batched_tokens")
     room = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -75,15 +85,29 @@ def run(args: argparse.Namespace) -> int:
         params = dataclasses.replace(llm.get_default_sampling_params(), **given)
         with record(llm, check=args.check) as trace:
             if workload is not None:
-                prompts, lengths = workload.draw(args.seed, llm.engine.model_config.vocab_size)
-                each = [dataclasses.replace(params, max_tokens=length, ignore_eos=True) for length in lengths]
-                llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], each, use_tqdm=False)
+                drawn = workload.draw(args.seed, llm.engine.model_config.vocab_size)
+                each = [dataclasses.replace(params, max_tokens=n, ignore_eos=True) for n in drawn.output_lens]
+                llm.generate([{"prompt_token_ids": prompt} for prompt in drawn.prompts], each, use_tqdm=False)
             else:
                 ask(llm, requests, params, args)
     trace.engine["workload"] = spec or f"{len(requests)} prompts"
     write(trace, args)
     print_summary(trace)
     return 1 if trace.violations else 0
+
+
+def check_options_of_prompts(args: argparse.Namespace, are_random: bool) -> None:
+    """ValueError for an option that would do nothing: those of texts, where token ids are random."""
+    given = {
+        "--max-tokens": args.max_tokens is not None,
+        "--raw": args.raw,
+        "--chat-template-kwargs": args.chat_template_kwargs is not None,
+    }
+    for option, is_given in given.items():
+        if are_random and is_given:
+            raise ValueError(f"{option} is for prompts and --file; of random token ids, --workload says all")
+    if args.raw and given["--chat-template-kwargs"]:
+        raise ValueError("--raw and --chat-template-kwargs exclude each other: raw prompts go through no template")
 
 
 def read_requests(path: str) -> list[Any]:
@@ -110,7 +134,7 @@ def read_requests(path: str) -> list[Any]:
     return requests
 
 
-def ask(llm: Any, requests: list[Any], params: Any, args: argparse.Namespace) -> None:
+def ask(llm: "LLM", requests: list[Any], params: "SamplingParams", args: argparse.Namespace) -> None:
     """Run prompts all together; as chat where they are conversations, or can be."""
     raw = args.raw or not getattr(llm.engine.tokenizer, "chat_template", None)
     if raw:
@@ -123,7 +147,7 @@ def ask(llm: Any, requests: list[Any], params: Any, args: argparse.Namespace) ->
     llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=args.chat_template_kwargs)
 
 
-def write(trace: Any, args: argparse.Namespace) -> None:
+def write(trace: "RunRecord", args: argparse.Namespace) -> None:
     """Write the files that were asked for, and say which."""
     written = []
     for path, how in (
@@ -137,7 +161,7 @@ def write(trace: Any, args: argparse.Namespace) -> None:
     print(f"wrote {', '.join(written)}", file=sys.stderr)
 
 
-def print_summary(trace: Any) -> None:
+def print_summary(trace: "RunRecord") -> None:
     """What happened, in a few lines."""
     totals, engine = trace.totals(), trace.engine
     print(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nanovllm.attention.base import AttentionStep, FusedStore
+from nanovllm.diagnostics.replacing import one_by_one, replaced
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
 
@@ -90,8 +91,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         with ExitStack() as stack:
             self._undo = stack
-            self._set(self.runner, "graphs", None)
-            self._set(self.runner, "recorded", None)
+            stack.enter_context(one_by_one(self.runner))
             if self.plain:
                 for owner, name in fused_attributes(self.runner):
                     self._set(owner, name, None)
@@ -111,9 +111,7 @@ class Recorder:
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of an instance until the recording ends."""
-        was_own, before = name in vars(owner), getattr(owner, name)
-        setattr(owner, name, value)
-        self._undo.callback(lambda: setattr(owner, name, before) if was_own else delattr(owner, name))
+        self._undo.enter_context(replaced(owner, name, value))
 
     def _hook(self, module: torch.nn.Module, heard: Callable[[Any], None]) -> None:
         handle = module.register_forward_hook(lambda _module, _arguments, result: heard(result))

@@ -34,9 +34,11 @@ PACKAGES = (
 )
 # What changes what nanovllm, or the libraries below it, do. Others that begin with NANOVLLM_ are shown too.
 VARIABLES = (
+    "CC",
     "CUDA_VISIBLE_DEVICES",
     "HF_ENDPOINT",
     "HF_HOME",
+    "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",
     "MKL_NUM_THREADS",
     "NUMBA_CPU_FEATURES",
@@ -78,7 +80,9 @@ def machine_report() -> dict[str, Any]:
         "devices": {str(device): _device(device) for device in _devices()},
         "missing_devices": _missing_devices(),
         "variables": {
-            name: value for name, value in sorted(os.environ.items()) if name in VARIABLES or name[:9] == "NANOVLLM_"
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name in VARIABLES or name.startswith("NANOVLLM_")
         },
         "caches": _caches(),
     }
@@ -209,7 +213,8 @@ def _cpu_kernels() -> dict[str, Any]:
     why_not = _reason(kernels.why_no_cpu_kernels)
     found: dict[str, Any] = {"numba": why_not}
     if why_not is None:
-        vectors = import_module("nanovllm.kernels.cpu.vectors")
+        from nanovllm.kernels.cpu import vectors  # needs numba
+
         names = ("AVX512", "BF16_PRODUCTS", "AMX", "INT8_PRODUCTS")
         found["features"] = {name.lower(): bool(getattr(vectors, f"HAS_{name}")) for name in names}
         found["compiled_for"] = vectors.TARGET[1]
@@ -241,7 +246,9 @@ def _caches() -> dict[str, Any]:
     """Where files are kept between processes; None where nothing is kept."""
     compiled = None
     if _reason(kernels.why_no_cpu_kernels) is None:
-        compiled = import_module("nanovllm.kernels.cpu.compilation").cache_directory()
+        from nanovllm.kernels.cpu.compilation import cache_directory
+
+        compiled = cache_directory()
     triton = os.environ.get("TRITON_CACHE_DIR") or str(Path("~/.triton/cache").expanduser())
     return {
         "cpu_kernels": compiled,

@@ -50,10 +50,9 @@ def run_events(record: RunRecord) -> list[dict[str, Any]]:
         lane = next((lane for lane, until in enumerate(lanes) if until <= step.begin), len(lanes))
         lanes[lane : lane + 1] = [end]
         events += _step_events(step, end, (HOST, 2 + lane))
-    held = {step.number: (step.num_held, step.num_cached) for step in steps}
     for step in steps:
         counters = {
-            "KV blocks": dict(zip(("held", "cached"), held[step.number], strict=True)),
+            "KV blocks": {"held": step.num_held, "cached": step.num_cached},
             "sequences": {"running": step.num_running, "waiting": step.num_waiting},
             "tokens of the step": {"prefill": step.num_prefill_tokens, "decode": step.num_decode_tokens},
         }
@@ -104,7 +103,7 @@ def _span_event(record: RunRecord, span: Span) -> dict[str, Any]:
     begin, end = first.begin, _end(last)
     following = span.last + 1
     if following < len(record.steps):  # up to where the next one begins: steps that overlap would not nest
-        end = min(end, record.steps[following].begin) if end > record.steps[following].begin else end
+        end = min(end, record.steps[following].begin)
     args = {"steps": f"{span.first} to {span.last}"}
     return slice_event(span.state, "sequence", begin, end, (REQUESTS, span.sequence), args)
 

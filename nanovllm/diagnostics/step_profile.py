@@ -7,7 +7,6 @@ the fastest of the rounds counts, so that what else the machine did meanwhile do
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 
 from nanovllm.diagnostics.device_trace import device_parts, device_usage, profiled_events
-from nanovllm.diagnostics.random_workload import RandomWorkload
-from nanovllm.diagnostics.step_timer import PARTS, Slice, StepTimer, StepTimes, replaced, timed_kernels
+from nanovllm.diagnostics.replacing import one_by_one
+from nanovllm.diagnostics.step_timer import PARTS, Slice, StepTimer, StepTimes, timed_kernels
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.random_requests import Workload
 
 PHASES = ("prefill", "decode")
 MOST_PROFILED_STEPS = 16  # of decode steps, under torch's profiler
@@ -158,15 +158,15 @@ def _profile(
     as_run = StepTimer()
     unwatched, watched = StepTimer(), StepTimer(device if device.type == "mps" else None)
     bench.run()
-    with _one_by_one(llm):
+    with one_by_one(llm.engine.runner):
         bench.run()
     rounds_of: dict[str, list[list[StepTimes]]] = {"as run": [], "unwatched": [], "watched": []}
     for _ in range(rounds):  # in turn, so that a machine that is slow for a while is so to all
         with as_run.watching(llm, model=False):
             rounds_of["as run"].append(bench.steps_of(as_run))
-        with _one_by_one(llm), unwatched.watching(llm, model=False):
+        with one_by_one(llm.engine.runner), unwatched.watching(llm, model=False):
             rounds_of["unwatched"].append(bench.steps_of(unwatched))
-        with _one_by_one(llm), watched.watching(llm):
+        with one_by_one(llm.engine.runner), watched.watching(llm):
             rounds_of["watched"].append(bench.steps_of(watched))
     on_device = device.type == "cuda"
     operations = _profile_device(llm, bench) if on_device else _profile_host(llm, bench, rounds)
@@ -199,7 +199,7 @@ class _Bench:
 
     def __init__(self, llm: LLM, batch_size: int, prompt_len: int, output_len: int, params: SamplingParams) -> None:
         self.llm = llm
-        self.workload = RandomWorkload(batch_size, (prompt_len, prompt_len), (output_len, output_len))
+        self.workload = Workload(batch_size, (prompt_len, prompt_len), (output_len, output_len))
         self.params = replace(params, max_tokens=output_len, ignore_eos=True)
         self.seed = 0
 
@@ -207,7 +207,7 @@ class _Bench:
         """Queue them."""
         engine = self.llm.engine
         self.llm.reset_prefix_cache()
-        prompts, _ = self.workload.draw(self.seed, engine.model_config.vocab_size)
+        prompts = self.workload.draw(self.seed, engine.model_config.vocab_size).prompts
         self.seed += 1
         for prompt in prompts:
             engine.add_request({"prompt_token_ids": prompt}, self.params)
@@ -258,16 +258,6 @@ def _check(llm: LLM, batch_size: int, prompt_len: int, output_len: int) -> None:
         )
 
 
-@contextmanager
-def _one_by_one(llm: LLM) -> Iterator[None]:
-    """Run decode steps operation by operation meanwhile."""
-    runner = llm.engine.runner
-    with ExitStack() as stack:
-        for name in ("recorded", "graphs"):
-            stack.enter_context(replaced(runner, name, None))
-        yield
-
-
 def _seconds(step: StepTimes) -> float:
     return step.seconds
 
@@ -306,11 +296,11 @@ def _profile_device(llm: LLM, bench: _Bench) -> _Operations:
     """Of a CUDA device: its operations as they run, and its parts one operation at a time."""
     device, found = llm.engine.runner.device, _Operations()
 
-    def watch(function: Callable[[], int]) -> list[dict[str, Any]]:
+    def watch(function: Callable[[], None]) -> list[dict[str, Any]]:
         return profiled_events(function, device)
 
     for name, events, steps in _phases_of(bench, watch):
-        usage = device_usage(events, "kernel")
+        usage = device_usage(events, "kernel", MOST_OPERATIONS)
         found.idle[name] = usage.get("idle_share", 0.0)
         found.largest[name] = [
             Operation(kernel, "kernel", mean * count / steps / 1e6, count / steps)
@@ -318,7 +308,7 @@ def _profile_device(llm: LLM, bench: _Bench) -> _Operations:
         ]
         found.trace += events
     timer = StepTimer(annotate=True)
-    with _one_by_one(llm), timer.watching(llm):
+    with one_by_one(llm.engine.runner), timer.watching(llm):
         for name, events, steps in _phases_of(bench, watch):
             parts = device_parts(events)
             found.parts[name] = [
@@ -335,7 +325,7 @@ def _profile_host(llm: LLM, bench: _Bench, rounds: int) -> _Operations:
     """
     best: dict[str, dict[tuple[str, str], Operation]] = {name: {} for name in PHASES}
 
-    def watch(function: Callable[[], int]) -> list[Operation]:
+    def watch(function: Callable[[], None]) -> list[Operation]:
         seconds: dict[str, float] = {}
         calls: dict[str, int] = {}
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -347,7 +337,7 @@ def _profile_host(llm: LLM, bench: _Bench, rounds: int) -> _Operations:
             for event in profiler.key_averages()
         ]
 
-    with _one_by_one(llm):
+    with one_by_one(llm.engine.runner):
         for _ in range(rounds):
             for name, operations, steps in _phases_of(bench, watch):
                 for one in operations:
@@ -359,7 +349,7 @@ def _profile_host(llm: LLM, bench: _Bench, rounds: int) -> _Operations:
     )
 
 
-def _phases_of(bench: _Bench, watch: Callable[[Callable[[], int]], Any]) -> Iterator[tuple[str, Any, int]]:
+def _phases_of(bench: _Bench, watch: Callable[[Callable[[], None]], Any]) -> Iterator[tuple[str, Any, int]]:
     """Run each phase watched: its name, what ``watch`` made of it, and its number of steps."""
     bench.add()
     phases: dict[str, Callable[[], int]] = {
@@ -367,10 +357,19 @@ def _phases_of(bench: _Bench, watch: Callable[[Callable[[], int]], Any]) -> Iter
         "decode": lambda: bench.decode(MOST_PROFILED_STEPS),
     }
     for name, phase in phases.items():
-        counted: list[int] = []
-        found = watch(lambda phase=phase, counted=counted: counted.append(phase()) or counted[0])  # type: ignore[misc]
-        yield name, found, max(1, counted[0])
+        yield name, *_watched(phase, watch)
     bench.decode()
+
+
+def _watched(phase: Callable[[], int], watch: Callable[[Callable[[], None]], Any]) -> tuple[Any, int]:
+    """What ``watch`` makes of a phase, and how many steps that had, at least 1."""
+    steps = 0
+
+    def run() -> None:
+        nonlocal steps
+        steps = phase()
+
+    return watch(run), max(1, steps)
 
 
 def _facts(llm: LLM) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanovllm.diagnostics.replacing import replaced
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_handle import StepHandle
 from nanovllm.engine.step_plan import StepPlan
@@ -60,21 +61,6 @@ class StepTimes:
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object (a class, a module) another attribute until the end of the context."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 class StepTimer:
@@ -131,8 +117,8 @@ class StepTimer:
         with ExitStack() as stack:
 
             def watch(part: str, owner: Any, name: str) -> None:
-                if hasattr(owner, name):
-                    stack.enter_context(replaced(owner, name, self.timed(part, getattr(owner, name))))
+                # An AttributeError for one that is not there: left out, its time would be told as another part's.
+                stack.enter_context(replaced(owner, name, self.timed(part, getattr(owner, name))))
 
             watch("schedule", engine.scheduler, "schedule")
             watch("batch state", runner.batch_state, "apply")
@@ -200,7 +186,7 @@ class StepTimer:
 
 
 def _watch_model(watch: Callable[[str, Any, str], None], runner: Any) -> None:
-    """Watch the parts of a decoder: those of its attributes that it has."""
+    """Watch the parts of a decoder and what makes tokens of its logits."""
     model = runner.model
     decoder = model.model
     watch("embedding", decoder.embed_tokens, "forward")

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from nanovllm.hub.client import HubError, RemoteFile, Repository
 from nanovllm.models.registry import MODELS
 from nanovllm.utils.loader import INDEX_FILE, find_shards
@@ -110,8 +112,6 @@ def check_weights(folder: Path) -> None:
         FileNotFoundError: There are none, or one that the index names is missing.
         ValueError: One is damaged, or does not hold a tensor that the index says it holds; the message names it.
     """
-    from safetensors import SafetensorError, safe_open
-
     again = "remove it and download again"
     tensors: dict[str, set[str]] = {}
     for shard in find_shards(str(folder)):

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
 from nanovllm.kernels.paged_decode import (
-    _LOG2_E,
+    LOG2_E,
     DecodeWork,
     load_item,
     multiprocessors,
@@ -28,7 +28,7 @@ TILE = 64
 REGISTERS = 64
 # Heads of a group that the lines of a tile are enough for.
 MOST_GROUP = 8
-# Programs launched for a multiprocessor at most, as many as run at a time; each takes every so manieth item.
+# Programs launched for a multiprocessor at most, as many as run at a time; each goes on that many items.
 PROGRAMS_PER_SM = 2
 
 # Scores of what is not there: finite, so that their differences are numbers.
@@ -75,7 +75,7 @@ def _combine(
     """What ``real`` heads attend to, float32 [heads, dim], from the results of ``parts`` items from ``first`` on."""
     GROUP: tl.constexpr = head.shape[0]
     DIM: tl.constexpr = dim.shape[0]
-    # Every so manieth part is added up by itself, then all of them: one exchange among threads instead of one a tile.
+    # Parts that lie TILE apart are added up first, then all of them: one exchange among threads instead of one a tile.
     largest = tl.full([TILE, GROUP], _LOWEST, dtype=tl.float32)
     total = tl.zeros([TILE, GROUP], dtype=tl.float32)
     attended = tl.zeros([TILE, GROUP, DIM], dtype=tl.float32)
@@ -316,7 +316,7 @@ def decode_few_rows(
         rows,
         capacity,
         block_tables.stride(0),
-        scale * _LOG2_E,
+        scale * LOG2_E,
         BLOCK_STRIDE=keys.stride(0),
         HEAD_STRIDE=keys.stride(1),
         TOKEN_STRIDE=keys.stride(2),

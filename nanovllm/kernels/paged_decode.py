@@ -53,7 +53,7 @@ _FIELDS = 6
 
 _ANY_CACHE = tl.constexpr("")
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["rows", "capacity", "wave_items", "most_items"])
@@ -414,7 +414,7 @@ def paged_decode(
         work.rows,
         capacity,
         block_tables.stride(0),
-        scale * _LOG2_E,
+        scale * LOG2_E,
         Q_STRIDE=q.stride(0),
         BLOCK_STRIDE=keys.stride(0),
         HEAD_STRIDE=keys.stride(1),

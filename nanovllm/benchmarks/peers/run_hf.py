@@ -24,7 +24,7 @@ class HFPeer:
         self.setup = f"transformers {transformers.__version__}, {self.engine.describe()}"
 
     def run(self, prompts: list[list[int]], output_lens: list[int]) -> tuple[float, list[int]]:
-        from nanovllm.benchmarks.workloads import Requests
+        from nanovllm.utils.random_requests import Requests
 
         seconds, _ = self.engine.run(Requests(prompts, output_lens))
         return seconds, output_lens  # each row has more: as many as the longest

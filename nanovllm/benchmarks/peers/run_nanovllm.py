@@ -19,7 +19,7 @@ class NanovllmPeer:
         self.setup = f"nanovllm {__version__}, {self.engine.describe()}"
 
     def run(self, prompts: list[list[int]], output_lens: list[int]) -> tuple[float, list[int]]:
-        from nanovllm.benchmarks.workloads import Requests
+        from nanovllm.utils.random_requests import Requests
 
         seconds, _ = self.engine.run(Requests(prompts, output_lens))  # which checks the lengths
         return seconds, output_lens

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from numba import njit, types
 
-from nanovllm.kernels.cpu.vectors import COLUMNS, LANES, as_float32, as_int32, as_uint16, narrow
+from nanovllm.kernels.cpu.tiles import COLUMNS
+from nanovllm.kernels.cpu.vectors import LANES, as_float32, as_int32, as_uint16, narrow
 
 BLOCK_MULTIPLE = LANES  # block sizes are multiples of this
 

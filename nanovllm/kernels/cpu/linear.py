@@ -7,23 +7,17 @@ import torch
 from numba import njit, types
 
 from nanovllm.kernels.cpu.launch import Kernel, Stream, integers, new, next_task, num_tasks
-from nanovllm.kernels.cpu.vectors import (
+from nanovllm.kernels.cpu.tiles import (
     COLUMNS,
     MAX_ROWS,
-    VECTOR_BYTES,
-    as_float32,
-    as_int32,
-    as_int64,
     bfloat16_tile_of_more,
     bfloat16_tile_of_one,
     bfloat16_tile_of_two,
     int8_tile_of_more,
     int8_tile_of_one,
     int8_tile_of_two,
-    read,
-    scratch,
-    write,
 )
+from nanovllm.kernels.cpu.vectors import VECTOR_BYTES, as_float32, as_int32, as_int64, read, scratch, write
 from nanovllm.utils import huge_pages
 
 PANEL_ROW_BYTES = 2 * VECTOR_BYTES  # of packed weights: a pair of inputs for each column of a tile

@@ -12,7 +12,8 @@ from numba import types
 
 from nanovllm.kernels.cpu.launch import Kernel, integers, new, next_task, num_tasks
 from nanovllm.kernels.cpu.linear import multiply, pack_words, product_kernel
-from nanovllm.kernels.cpu.vectors import COLUMNS, as_float32, as_uint8, bits_of, of_bits, read
+from nanovllm.kernels.cpu.tiles import COLUMNS
+from nanovllm.kernels.cpu.vectors import as_float32, as_uint8, bits_of, of_bits, read
 
 OFFSET = 128
 _GROUP = 4  # inputs in a word of 4 bytes

@@ -19,20 +19,22 @@ from numba import njit, types
 
 from nanovllm.kernels.cpu.kv_cache import value_columns
 from nanovllm.kernels.cpu.launch import Kernel, as_float, as_integer, integers, new, next_task, num_tasks, thread_number
-from nanovllm.kernels.cpu.vectors import (
+from nanovllm.kernels.cpu.tiles import (
     COLUMNS,
-    LANES,
     MAX_ROWS,
-    VECTOR_BYTES,
     add_bfloat16_values,
     add_float32_values,
+    bfloat16_scores,
+    float32_scores,
+)
+from nanovllm.kernels.cpu.vectors import (
+    LANES,
+    VECTOR_BYTES,
     as_float32,
     as_int32,
     as_int64,
     as_uint16,
-    bfloat16_scores,
     exp2,
-    float32_scores,
     is_finite,
     largest,
     quickly_narrow,
@@ -115,7 +117,8 @@ class _Cache(NamedTuple):
     value_stride: Any
     blocks: Any  # the sequence's line of the block tables, int32
     block_size: Any  # tokens
-    last: Any  # the last key
+    first: Any  # the first key that the item sees
+    last: Any
 
 
 class _Tiles(NamedTuple):
@@ -223,7 +226,9 @@ def _add_values(
         if key + CHUNK < end:
             table[2 * segment + 1] = _keys_ahead(cache, key + CHUNK, columns, pair)
         else:
-            table[2 * segment + 1] = _keys_ahead(upcoming, min(key - chunk, upcoming.last), columns, pair)
+            table[2 * segment + 1] = _keys_ahead(
+                upcoming, min(upcoming.first + key - chunk, upcoming.last), columns, pair
+            )
     for column in range(0, columns, COLUMNS):
         for row in range(0, rows, MAX_ROWS):
             count = min(MAX_ROWS, rows - row)
@@ -317,6 +322,7 @@ def _attention_kernel(is_half: bool) -> Kernel:
                 kv_heads * value_bytes,
                 tables + line * table_width * 4,
                 block_size,
+                begin,
                 end - 1,
             )
             # What this thread takes next, if all take turns: its first keys are asked for while this is finished.
@@ -329,6 +335,7 @@ def _attention_kernel(is_half: bool) -> Kernel:
                 kv_heads * value_bytes,
                 tables + fields[coming_item + 2] * table_width * 4,
                 block_size,
+                fields[coming_item + 3],
                 fields[coming_item + 4] - 1,
             )
             for i in range(count):  # the group's heads of a query lie side by side, and so do their rows
