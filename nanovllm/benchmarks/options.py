@@ -89,6 +89,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for option in INTEGER_OPTIONS:
         add(f"--{option.replace('_', '-')}", type=count, metavar="N")
     add("--attention-backend", metavar="NAME")
+    add("--quantization", choices=["int8"], help="weights in eight bits, on the CPU")
     add("--gpu-memory-utilization", type=float, metavar="SHARE", help="lower it if hf takes turns")
     add("--enforce-eager", action="store_true", default=None, help="no CUDA graphs")
     add("--no-prefix-caching", dest="enable_prefix_caching", action="store_false", default=None)

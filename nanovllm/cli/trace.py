@@ -3,10 +3,18 @@
 import argparse
 import json
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from nanovllm.cli.options import add_command, add_model_options, add_sampling_options, model_arguments
+from nanovllm.cli.options import (
+    add_command,
+    add_model_options,
+    add_sampling_options,
+    check_writable,
+    model_arguments,
+    template_arguments,
+)
 from nanovllm.cli.options import sampling_arguments as sampling_of
 
 DEFAULT_WORKLOAD = "16:16-96:16-64:48"
@@ -43,7 +51,9 @@ def add_parser(commands: Any) -> None:
     out = parser.add_argument_group("what is written")
     out.add_argument("--html", metavar="FILE", default="trace.html", help="the page (default: trace.html)")
     out.add_argument("--perfetto", metavar="FILE", help="for ui.perfetto.dev; compressed if it ends in .gz")
-    out.add_argument("--json", metavar="FILE", help="everything that was recorded")
+    out.add_argument(
+        "--json", metavar="FILE", help="everything that was recorded; - prints it, and the summary to stderr"
+    )
     out.add_argument("--check", action="store_true", help="check all blocks after every operation, not only its own")
     parser.set_defaults(run=run)
 
@@ -55,10 +65,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give prompts, --file or --workload, and only one of them")
     spec = args.workload or (None if args.prompts or args.file else DEFAULT_WORKLOAD)
     workload = None if spec is None else RandomWorkload.parse(spec)
+    if workload is not None:
+        for name in ("raw", "max_tokens", "think", "chat_template_kwargs"):
+            if getattr(args, name) not in (None, False):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} needs prompts or --file: a workload is of token ids and says its lengths")
+    for name in ("think", "chat_template_kwargs"):
+        if args.raw and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --raw: there is no chat template")
     requests = read_requests(args.file) if args.file else list(args.prompts)
-    for path in filter(None, (args.html, args.perfetto, args.json)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: its folder does not exist")
+    check_writable(args.html, args.perfetto, args.json)
 
     import dataclasses
 
@@ -82,7 +98,10 @@ def run(args: argparse.Namespace) -> int:
                 ask(llm, requests, params, args)
     trace.engine["workload"] = spec or f"{len(requests)} prompts"
     write(trace, args)
-    print_summary(trace)
+    with redirect_stdout(sys.stderr) if args.json == "-" else nullcontext():
+        print_summary(trace)
+    if args.json == "-":
+        print(json.dumps(trace.to_json(), separators=(",", ":")))
     return 1 if trace.violations else 0
 
 
@@ -120,7 +139,7 @@ def ask(llm: Any, requests: list[Any], params: Any, args: argparse.Namespace) ->
         llm.generate(requests, params, use_tqdm=False)
         return
     chats = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in requests]
-    llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=args.chat_template_kwargs)
+    llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=template_arguments(args) or None)
 
 
 def write(trace: Any, args: argparse.Namespace) -> None:
@@ -129,7 +148,7 @@ def write(trace: Any, args: argparse.Namespace) -> None:
     for path, how in (
         (args.html, trace.write_html),
         (args.perfetto, trace.write_perfetto),
-        (args.json, trace.write_json),
+        (None if args.json == "-" else args.json, trace.write_json),
     ):
         if path:
             how(path)
