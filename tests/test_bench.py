@@ -584,6 +584,17 @@ def test_eight_bit_weights_are_measured_and_named(tiny: list[str], capsys: pytes
     assert re.search(r"ready in .*, attention \w+, int8$", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_figures_are_printed_alone_where_json_is_a_hyphen(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(["bench", *tiny, "--workload", "1:5-5:2-2", "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["workloads"][0]["output_tokens"] == 2
+    assert "2 output tokens" in printed.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["bench", "--preset", "mini", "--workload", "2:5-5:4-4"]) == 2
     assert capsys.readouterr().err == "nanovllm: error: --workload and --preset exclude each other\n"

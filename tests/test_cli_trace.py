@@ -302,6 +302,17 @@ def run_trace(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((tmp_path / "t.json").read_text())
 
 
+def test_a_hyphen_prints_the_record_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "--workload", "2:3-4:2-3", "--json", "-", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["sequences"]) == 2
+    assert "2 sequences in" in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.html"]
+
+
 def test_prompts_are_asked_as_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run_trace(
         tmp_path, "add 12 and 30", "count from 3 to 9", "--temperature", "0", "--max-num-seqs", "1", "--check"

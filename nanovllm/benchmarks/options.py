@@ -71,7 +71,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--engine", type=engine_names, default=["nanovllm"], metavar="NAME[,NAME]", help=engine_help)
     add("--separately", action="store_true", help="close each engine before the next is opened, instead of turns")
     add("--repeats", type=count, default=1, metavar="N", help="report medians (default: 1)")
-    add("--json", type=Path, metavar="FILE", help="write all figures, versions and hardware here")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all figures, versions and hardware here; - prints them, and the rest to stderr",
+    )
     add("--hf-batch-size", type=count, metavar="N", help="(default: all of a workload's requests)")
 
     add = parser.add_argument_group("comparison", "with engines that tools/setup_peers.py has set up").add_argument

@@ -51,9 +51,7 @@ def add_parser(commands: Any) -> None:
     out = parser.add_argument_group("what is written")
     out.add_argument("--html", metavar="FILE", default="trace.html", help="the page (default: trace.html)")
     out.add_argument("--perfetto", metavar="FILE", help="for ui.perfetto.dev; compressed if it ends in .gz")
-    out.add_argument(
-        "--json", metavar="FILE", help="everything that was recorded; - prints it, and the summary to stderr"
-    )
+    out.add_argument("--json", metavar="FILE", help="everything recorded; - prints it, and the summary to stderr")
     out.add_argument("--check", action="store_true", help="check all blocks after every operation, not only its own")
     parser.set_defaults(run=run)
 
