@@ -348,6 +348,7 @@ def test_a_file_of_prompts_is_run(tmp_path: Path) -> None:
         (["--file", "missing.txt"], "missing.txt"),
         (["--html", "nowhere/t.html"], "its folder does not exist"),
         (["--html", "."], "it is a folder"),
+        (["--file", f"{DEMO_MODEL_PATH}/model.safetensors"], "model.safetensors is not UTF-8 text ("),
         (["--max-tokens", "5"], "--max-tokens needs prompts or --file"),
         (["--workload", "2:3-4:5-6", "--think", "off"], "--think needs prompts or --file"),
         (["--raw", "--think", "off", "add 1 and 2"], "--think has no effect with --raw"),

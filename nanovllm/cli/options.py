@@ -90,6 +90,19 @@ def template_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**(args.chat_template_kwargs or {}), **thinking}
 
 
+def read_text(path: str) -> str:
+    """The text of a file that the user names.
+
+    Raises:
+        ValueError: It is not UTF-8.
+        OSError: It cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def check_writable(*paths: str | None) -> None:
     """See, before any work, that files can be written; None is passed over.
 

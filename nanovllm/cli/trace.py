@@ -13,6 +13,7 @@ from nanovllm.cli.options import (
     add_sampling_options,
     check_writable,
     model_arguments,
+    read_text,
     template_arguments,
 )
 from nanovllm.cli.options import sampling_arguments as sampling_of
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def read_requests(path: str) -> list[Any]:
     """Prompts and conversations of a file: JSON objects, or plain text, a line each."""
     requests: list[Any] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
