@@ -571,7 +571,8 @@ def test_mistakes_get_one_line(files: Files, capsys: pytest.CaptureFixture[str],
         (["batch", "in"], "OUTPUT.jsonl"),
         (["batch", "in", "out", "--max-tokens", "many"], "'many'"),
         (["batch", "in", "out", "--chat-template-kwargs", "[]"], "not a JSON object"),
-        (["batch", "in", "out", "--temprature", "1"], "--temprature"),
+        (["batch", "in", "out", "--temprature", "1"], "1; did you mean --temperature? (see nanovllm batch"),
+        (["inspect", "somewhere"], "unrecognized arguments: somewhere (see nanovllm inspect --help)"),
     ],
 )
 def test_arguments_that_cannot_be_parsed_get_one_line(

@@ -407,6 +407,7 @@ def test_a_cache_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         (["--model", "no/such/folder"], "it has no config.json"),
         (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--json", "no/such/folder/x.json"], "there is no such folder"),
+        (["--compare", "hf", "--peers", "x", "--quantization", "int8"], "(use nanovllm-int8) exclude each other"),
         (["--shuffle"], "unrecognized arguments: --shuffle"),
     ],
 )
@@ -576,6 +577,22 @@ def test_the_command_measures_and_writes_what_the_script_writes(
     assert report["options"]["engine"] == ["nanovllm"]
     assert "run" not in report["options"]
     assert "8 output tokens" in capsys.readouterr().out
+
+
+def test_eight_bit_weights_are_measured_and_named(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["bench", *tiny, "--workload", "1:5-5:2-2", "--quantization", "int8"]) == 0
+    assert re.search(r"ready in .*, attention \w+, int8$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_figures_are_printed_alone_where_json_is_a_hyphen(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(["bench", *tiny, "--workload", "1:5-5:2-2", "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["workloads"][0]["output_tokens"] == 2
+    assert "2 output tokens" in printed.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

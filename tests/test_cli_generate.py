@@ -46,6 +46,25 @@ def test_a_plain_prompt_is_continued_as_it_stands(capsys: pytest.CaptureFixture[
     assert "cut off (--max-tokens allows more)" in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--max-model-len", "8"], "(--max-model-len allows up to 4096 tokens of prompt and output instead of 8)"),
+        (["--max-model-len", "8", "--max-tokens", "2"], "(--max-tokens allows more)"),
+    ],
+)
+def test_what_would_give_a_longer_answer_is_told(
+    capsys: pytest.CaptureFixture[str], argv: list[str], hint: str
+) -> None:
+    assert f"cut off {hint}" in output_of(capsys, "12", "--ignore-eos", *argv)[1]
+
+
+def test_thinking_is_switched_by_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output_of(capsys, QUESTION, "--chat", "--think", "off")[0] == "12 + 30 = 42\n"
+    assert output_of(capsys, QUESTION, "--chat", "--think", "on")[0].startswith("<think>")
+    assert "--think needs --chat" in refused(capsys, QUESTION, "--think", "off")
+
+
 def test_a_completion_is_printed_as_it_is_made(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

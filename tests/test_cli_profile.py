@@ -185,6 +185,18 @@ def test_the_command_writes_figures_and_a_trace(tmp_path: Path, capsys: pytest.C
     assert "decode: 2 steps of 2 rows" in capsys.readouterr().out
 
 
+def test_a_hyphen_prints_the_figures_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lengths = ["--batch-size", "2", "--prompt-len", "8", "--output-len", "3", "--rounds", "1"]
+    assert main(["profile", "--device", "cpu", *lengths, "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["batch_size"] == 2
+    assert "sum of the parts" in printed.err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -302,6 +302,17 @@ def run_trace(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((tmp_path / "t.json").read_text())
 
 
+def test_a_hyphen_prints_the_record_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "--workload", "2:3-4:2-3", "--json", "-", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["sequences"]) == 2
+    assert "2 sequences in" in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.html"]
+
+
 def test_prompts_are_asked_as_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run_trace(
         tmp_path, "add 12 and 30", "count from 3 to 9", "--temperature", "0", "--max-num-seqs", "1", "--check"
@@ -337,9 +348,15 @@ def test_a_file_of_prompts_is_run(tmp_path: Path) -> None:
         (["--workload", "3:8:4", "--max-tokens", "9"], "--max-tokens is for prompts"),
         (["--raw"], "--raw is for prompts"),
         (["--chat-template-kwargs", "{}"], "--chat-template-kwargs is for prompts"),
-        (["hello", "--raw", "--chat-template-kwargs", "{}"], "exclude each other"),
+        (["hello", "--raw", "--chat-template-kwargs", "{}"], "has no effect with --raw"),
         (["--file", "missing.txt"], "missing.txt"),
         (["--html", "nowhere/t.html"], "its folder does not exist"),
+        (["--html", "."], "it is a folder"),
+        (["--file", f"{DEMO_MODEL_PATH}/model.safetensors"], "model.safetensors is not UTF-8 text ("),
+        (["--max-tokens", "5"], "--max-tokens needs prompts or --file"),
+        (["--workload", "2:3-4:5-6", "--think", "off"], "--think needs prompts or --file"),
+        (["--raw", "--think", "off", "add 1 and 2"], "--think has no effect with --raw"),
+        (["--file", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--num-kvcache-blocks", "0"], "num_kvcache_blocks is 0"),
         (["--workload", "2:100:100", "--num-kvcache-blocks", "2"], "num_kvcache_blocks"),
     ],

@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -237,9 +237,14 @@ def run(args: argparse.Namespace) -> int:
         ValueError: What was asked for cannot be done; the message says why.
         OSError: A file cannot be read or written.
     """
-    report = benchmark(args)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    is_printed = args.json == Path("-")
+    with redirect_stdout(sys.stderr) if is_printed else nullcontext():
+        report = benchmark(args)
+    text = json.dumps(report, indent=2, default=str) + "\n"
+    if is_printed:
+        print(text, end="")
+    elif args.json:
+        args.json.write_text(text, encoding="utf-8")
     return 1 if failures(report) else 0
 
 

@@ -234,6 +234,7 @@ def check_comparison(args: argparse.Namespace) -> None:
         "--model (use --random-weights)": args.model,
         "--json (use --out)": args.json,
         "--hf-batch-size": args.hf_batch_size,
+        "--quantization (use nanovllm-int8)": args.quantization,
         f"--device {args.device}": args.device not in ("auto", "cpu"),
         f"--dtype {args.dtype}": args.dtype not in ("auto", "bfloat16"),
     }

@@ -21,7 +21,13 @@ INTEGER_OPTIONS = (  # passed on as they are
     "kvcache_block_size",
     "num_kvcache_blocks",
 )
-OTHER_OPTIONS = ("attention_backend", "gpu_memory_utilization", "enforce_eager", "enable_prefix_caching")
+OTHER_OPTIONS = (
+    "attention_backend",
+    "quantization",
+    "gpu_memory_utilization",
+    "enforce_eager",
+    "enable_prefix_caching",
+)
 COUNTERS = ("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds", "num_preemptions")
 
 
@@ -47,6 +53,7 @@ class NanovllmEngine:
         m = self.llm.get_metrics()
         blocks = f"{m['num_kvcache_blocks']} KV blocks of {m['kvcache_block_size']} tokens"
         where = f"{m['device']}, {m['dtype']}, attention {m['attention_backend']}"
+        where += f", {m['quantization']}" if m["quantization"] else ""
         return f"{blocks} ({gib(m['kvcache_bytes'])}), {where}"
 
     def run(self, requests: Requests) -> tuple[float, dict[str, Any]]:

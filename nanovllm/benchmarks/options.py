@@ -90,7 +90,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--engine", type=engine_names, default=["nanovllm"], metavar="NAME[,NAME]", help=engine_help)
     add("--separately", action="store_true", help="close each engine before the next is opened, instead of turns")
     add("--repeats", type=count, default=1, metavar="N", help="report medians (default: 1)")
-    add("--json", type=Path, metavar="FILE", help="write all figures, versions and hardware here")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all figures, versions and hardware here; - prints them, and the rest to stderr",
+    )
     add("--hf-batch-size", type=count, metavar="N", help="(default: all of a workload's requests)")
 
     add = parser.add_argument_group("comparison", "with engines that tools/setup_peers.py has set up").add_argument
@@ -108,6 +113,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for option in INTEGER_OPTIONS:
         add(f"--{option.replace('_', '-')}", type=count, metavar="N")
     add("--attention-backend", metavar="NAME")
+    add("--quantization", choices=["int8"], help="weights in eight bits, on the CPU")
     add("--gpu-memory-utilization", type=float, metavar="SHARE", help="lower it if hf takes turns")
     add("--enforce-eager", action="store_true", default=None, help="no CUDA graphs")
     add("--no-prefix-caching", dest="enable_prefix_caching", action="store_false", default=None)

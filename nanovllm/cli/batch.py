@@ -10,6 +10,7 @@ from nanovllm.cli.options import (
     add_sampling_options,
     model_arguments,
     sampling_arguments,
+    template_arguments,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
 
@@ -21,7 +22,7 @@ def add_parser(commands: Any) -> None:
         "answer a file of requests",
         "Answer the rows of INPUT, appending a line to OUTPUT as each is finished. Killed at any moment, "
         "the same command continues where it stopped.",
-        "nanovllm batch requests.jsonl answers.jsonl --model Qwen3-0.6B",
+        "nanovllm batch requests.jsonl answers.jsonl --model Qwen3-0.6B --think off",
     )
     add = parser.add_argument
     add("input", metavar="INPUT.jsonl", help='{"prompt": ...} or {"messages": [...]} a line, or OpenAI\'s batch format')
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             done = job.run(
                 llm,
                 sampling_params=dataclasses.replace(llm.get_default_sampling_params(), **given),
-                chat_template_kwargs=args.chat_template_kwargs,
+                chat_template_kwargs=template_arguments(args) or None,
                 use_tqdm=not args.no_progress,
             )
     except KeyboardInterrupt:

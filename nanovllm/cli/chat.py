@@ -6,6 +6,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.options import (
+    TOGGLES,
     add_command,
     add_model_options,
     add_sampling_options,
@@ -27,7 +28,6 @@ HELP = """\
 Ctrl-C stops an answer. A \\ at the end of a line continues the message on the next one; a message that begins with /
 needs a space before it."""
 DIM, PLAIN = "\033[2m", "\033[0m"
-TOGGLES = {"on": True, "off": False}
 
 
 def add_parser(commands: Any) -> None:
@@ -41,11 +41,6 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--system", metavar="TEXT", help="the system message")
-    add(
-        "--think",
-        choices=TOGGLES,
-        help="let the model think before it answers, or not (default: as its template has it)",
-    )
     add_model_options(parser)
     add_sampling_options(parser, max_tokens="as many as there is room for")
     parser.set_defaults(run=run)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanovllm.cli.options import add_command, add_model_options, model_arguments
+from nanovllm.cli.options import add_command, add_model_options, model_arguments, read_text
 
 # A comparison needs room for one prompt, not for all of a machine's memory.
 DEFAULT_MAX_NUM_SEQS = 4
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give one of --prompt, --prompt-file and --token-ids")
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
-    text = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
+    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
     arguments: dict[str, Any] = {"max_num_seqs": DEFAULT_MAX_NUM_SEQS, **model_arguments(args)}
     shared = {**arguments, **settings}
     if not Path(shared["model"]).is_dir():

@@ -12,6 +12,7 @@ from nanovllm.cli.options import (
     add_sampling_options,
     model_arguments,
     sampling_arguments,
+    template_arguments,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
 
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
         "Complete one or several prompts, as they stand or, with --chat, as a user's messages. A single completion is "
         "printed as it is made; a line about speed goes to stderr. The same command gives the same answers (--seed "
         "changes the noise).",
-        'nanovllm generate --chat "add 12 and 30"\n'
+        'nanovllm generate --chat --think off "add 12 and 30"\n'
         "nanovllm generate --model Qwen3-0.6B --max-tokens 200 --stop '\\n\\n' \"Once upon a time\"\n"
         "nanovllm generate --json --n 3 --temperature 0.8 - < prompt.txt",
     )
@@ -86,8 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat: a plain prompt has no system message")
-    if args.chat_template_kwargs and not args.chat:
-        raise ValueError("--chat-template-kwargs needs --chat: a plain prompt does not go through the template")
+    for name in ("chat_template_kwargs", "think"):
+        if getattr(args, name) is not None and not args.chat:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} needs --chat: a plain prompt does not go through the template")
     given = sampling_arguments(args)
     given |= {name: value for name in MORE_SAMPLING if (value := getattr(args, name)) is not None}
     if args.ignore_eos:
@@ -104,18 +107,19 @@ def run(args: argparse.Namespace) -> int:
             outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
         seconds = time.perf_counter() - start
         report = _report(llm, texts, outputs, seconds)
+        more = _more_room(llm, params, outputs)
     if args.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     elif len(report["outputs"]) > 1 or params.n > 1:
         _print_all(report)
-    print(_summary(report, args), file=sys.stderr)
+    print(_summary(report, args, more), file=sys.stderr)
     return 0
 
 
 def _chat_prompt(llm: "LLM", args: argparse.Namespace, text: str) -> Any:
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages = [*system, {"role": "user", "content": text}]
-    return llm.render_chat(messages, chat_template_kwargs=args.chat_template_kwargs)[0]
+    return llm.render_chat(messages, chat_template_kwargs=template_arguments(args))[0]
 
 
 def _print_stream(llm: "LLM", prompt: Any, params: "SamplingParams") -> "RequestOutput":
@@ -179,7 +183,19 @@ def _print_all(report: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _summary(report: dict[str, Any], args: argparse.Namespace) -> str:
+def _more_room(llm: "LLM", params: "SamplingParams", outputs: "list[RequestOutput]") -> str:
+    """What gives longer answers than those that were cut off."""
+    cut = [one for output in outputs for one in output.outputs if one.finish_reason == "length"]
+    if params.max_tokens is not None and any(len(one.token_ids) >= params.max_tokens for one in cut):
+        return "--max-tokens allows more"
+    longest, limit = llm.engine.model_config.max_position_embeddings, llm.engine.max_model_len
+    if limit < longest:
+        return f"--max-model-len allows up to {longest} tokens of prompt and output instead of {limit}"
+    return f"the model has no room for more than {limit} tokens of prompt and output"
+
+
+def _summary(report: dict[str, Any], args: argparse.Namespace, more: str) -> str:
+    """A line about tokens and speed; ``more`` tells how answers that were cut off get longer."""
     speed = report["output_tokens_per_second"] or 0.0
     parts = [
         f"{report['prompt_tokens']} prompt + {report['output_tokens']} output tokens in {report['seconds']:.2f} s "
@@ -191,7 +207,5 @@ def _summary(report: dict[str, Any], args: argparse.Namespace) -> str:
     parts.append(f"{model} on {report['device']} in {report['dtype']}, ready after {report['startup_seconds']:.1f} s")
     reasons = [completion["finish_reason"] for output in report["outputs"] for completion in output["completions"]]
     if cut := reasons.count("length"):
-        parts.append(
-            f"{f'{cut} of {len(reasons)} were' if len(reasons) > 1 else 'it was'} cut off (--max-tokens allows more)"
-        )
+        parts.append(f"{f'{cut} of {len(reasons)} were' if len(reasons) > 1 else 'it was'} cut off ({more})")
     return "; ".join(parts)

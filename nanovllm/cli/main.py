@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in COMMANDS:
         module = import_module(f"nanovllm.cli.{name}")
         module.add_parser(commands)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse would let the command's parser pass them, and point to the help of the whole
+        args.parser.refuse(unknown)
+    del args.parser
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character must not end the program
     try:
@@ -48,8 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         return 1
     except (TypeError, ValueError, OSError, EngineDeadError) as error:
-        print(f"nanovllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"nanovllm: error: {' '.join(message_of(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def message_of(error: Exception) -> str:
+    """What went wrong, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

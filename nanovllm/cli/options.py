@@ -1,12 +1,15 @@
 """Options that several subcommands share, and the parser they are added to."""
 
 import argparse
+import difflib
 import json
 import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nanovllm.demo import DEMO_MODEL_PATH
+
+TOGGLES = {"on": True, "off": False}
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,17 +18,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """End because of arguments that the parser does not know."""
+        hints = []
+        for argument in unknown:
+            option = argument.partition("=")[0]
+            if option.startswith("--"):
+                hints += difflib.get_close_matches(option, self._option_string_actions, 1)
+        meant = f"; did you mean {', '.join(hints)}?" if hints else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+
 
 def add_command(commands: Any, name: str, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
     """The parser of a subcommand; ``examples`` are lines of shell, shown at the end of its help."""
     lines = "".join(f"\n  {line}" for line in examples.strip().splitlines())
-    return commands.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=textwrap.fill(description, 78),
         epilog=f"examples:{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def add_model_options(parser: argparse.ArgumentParser, samples: bool = True) -> None:
@@ -65,6 +80,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: str = "64"
     add("--temperature", type=float, metavar="T", help="0 takes the most likely token")
     add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach this probability")
     add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    think_help = "let the model think before it answers, or not (default: as its chat template has it)"
+    add("--think", choices=TOGGLES, help=think_help)
     add("--chat-template-kwargs", type=json_object, metavar="JSON", help="as in '{\"enable_thinking\": false}'")
 
 
@@ -74,11 +91,36 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def check_folders(*files: str | None) -> None:
-    """ValueError if a file that is to be written could not be: better now than after the work; None is no file."""
-    for file in files:
-        if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{file} cannot be written: its folder does not exist")
+def template_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the chat template is to be given: ``--chat-template-kwargs``, and ``--think`` as Qwen3's names it."""
+    thinking = {} if args.think is None else {"enable_thinking": TOGGLES[args.think]}
+    return {**(args.chat_template_kwargs or {}), **thinking}
+
+
+def read_text(path: str) -> str:
+    """The text of a file that the user names.
+
+    Raises:
+        ValueError: It is not UTF-8.
+        OSError: It cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def check_writable(*paths: str | None) -> None:
+    """See, before any work, that files can be written; None is passed over.
+
+    Raises:
+        ValueError: There is no such folder, or the path is one.
+    """
+    for path in filter(None, paths):
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder does not exist")
+        if Path(path).is_dir():
+            raise ValueError(f"{path} cannot be written: it is a folder; name a file")
 
 
 def json_object(text: str) -> dict[str, Any]:

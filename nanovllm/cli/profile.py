@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.cli.options import add_command, add_model_options, check_folders, model_arguments
+from nanovllm.cli.options import add_command, add_model_options, check_writable, model_arguments
 
 if TYPE_CHECKING:
     from nanovllm.diagnostics.step_profile import PhaseProfile, StepProfile
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default: the checkpoint's)")
     add("--rounds", type=int, default=3, metavar="N", help="how often everything runs; the fastest counts (default: 3)")
     add("--top", type=int, default=10, metavar="N", help="operations that are listed (default: 10, at most 15)")
-    add("--json", metavar="FILE", help="where to write the figures")
+    add("--json", metavar="FILE", help="where to write the figures; - prints them, and the tables to stderr")
     add("--perfetto", metavar="FILE", help="a trace for ui.perfetto.dev; compressed if it ends in .gz")
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output-len is {args.output_len}; it must be at least 2, or nothing is decoded")
     if args.tensor_parallel_size > 1:
         raise ValueError("a profile is of one rank: leave out --tensor-parallel-size")
-    check_folders(args.json, args.perfetto)
+    check_writable(args.json, args.perfetto)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to stderr when it starts and stops
 
@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
         if args.temperature is not None:
             params.temperature = args.temperature
         profile = profile_steps(llm, args.batch_size, args.prompt_len, args.output_len, args.rounds, params)
-    print(report(profile, args.top))
-    if args.json:
+    print(report(profile, args.top), file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.json == "-":
+        print(json.dumps(profile.to_json(), indent=2))
+    elif args.json:
         Path(args.json).write_text(json.dumps(profile.to_json(), indent=2) + "\n", encoding="utf-8")
     if args.perfetto:
         events = profile.device_events
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             events = name_events(1, "engine, one operation at a time", {1: "host"})
             events += [slice_event(p.part, "part", p.begin - first, p.end - first, (1, 1)) for p in profile.slices]
         write_trace(args.perfetto, events)
-    for path in filter(None, (args.json, args.perfetto)):
+    for path in filter(lambda path: path not in (None, "-"), (args.json, args.perfetto)):
         print(f"wrote {path}", file=sys.stderr)
     return 0
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,11 @@ from nanovllm.cli.options import (
     add_command,
     add_model_options,
     add_sampling_options,
-    check_folders,
+    check_writable,
     model_arguments,
+    read_text,
     sampling_arguments,
+    template_arguments,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +57,7 @@ def add_parser(commands: Any) -> None:
     out = parser.add_argument_group("what is written")
     out.add_argument("--html", metavar="FILE", default="trace.html", help="the page (default: trace.html)")
     out.add_argument("--perfetto", metavar="FILE", help="for ui.perfetto.dev; compressed if it ends in .gz")
-    out.add_argument("--json", metavar="FILE", help="everything that was recorded")
+    out.add_argument("--json", metavar="FILE", help="everything recorded; - prints it, and the summary to stderr")
     out.add_argument("--check", action="store_true", help="check all blocks after every operation, not only its own")
     parser.set_defaults(run=run)
 
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     workload = None if spec is None else Workload.parse(spec)
     requests = read_requests(args.file) if args.file else list(args.prompts)
     check_options_of_prompts(args, are_random=workload is not None)
-    check_folders(args.html, args.perfetto, args.json)
+    check_writable(args.html, args.perfetto, args.json)
 
     import dataclasses
 
@@ -92,28 +95,28 @@ def run(args: argparse.Namespace) -> int:
                 ask(llm, requests, params, args)
     trace.engine["workload"] = spec or f"{len(requests)} prompts"
     write(trace, args)
-    print_summary(trace)
+    with redirect_stdout(sys.stderr) if args.json == "-" else nullcontext():
+        print_summary(trace)
+    if args.json == "-":
+        print(json.dumps(trace.to_json(), separators=(",", ":")))
     return 1 if trace.violations else 0
 
 
 def check_options_of_prompts(args: argparse.Namespace, are_random: bool) -> None:
     """ValueError for an option that would do nothing: those of texts, where token ids are random."""
-    given = {
-        "--max-tokens": args.max_tokens is not None,
-        "--raw": args.raw,
-        "--chat-template-kwargs": args.chat_template_kwargs is not None,
-    }
-    for option, is_given in given.items():
-        if are_random and is_given:
-            raise ValueError(f"{option} is for prompts and --file; of random token ids, --workload says all")
-    if args.raw and given["--chat-template-kwargs"]:
-        raise ValueError("--raw and --chat-template-kwargs exclude each other: raw prompts go through no template")
+    for name in ("raw", "max_tokens", "think", "chat_template_kwargs"):
+        if are_random and getattr(args, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} needs prompts or --file: a workload is of token ids and says its lengths")
+    for name in ("think", "chat_template_kwargs"):
+        if args.raw and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --raw: there is no chat template")
 
 
 def read_requests(path: str) -> list[Any]:
     """Prompts and conversations of a file: JSON objects, or plain text, a line each."""
     requests: list[Any] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
@@ -144,7 +147,7 @@ def ask(llm: "LLM", requests: list[Any], params: "SamplingParams", args: argpars
         llm.generate(requests, params, use_tqdm=False)
         return
     chats = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in requests]
-    llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=args.chat_template_kwargs)
+    llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=template_arguments(args) or None)
 
 
 def write(trace: "RunRecord", args: argparse.Namespace) -> None:
@@ -153,7 +156,7 @@ def write(trace: "RunRecord", args: argparse.Namespace) -> None:
     for path, how in (
         (args.html, trace.write_html),
         (args.perfetto, trace.write_perfetto),
-        (args.json, trace.write_json),
+        (None if args.json == "-" else args.json, trace.write_json),
     ):
         if path:
             how(path)
