@@ -126,6 +126,8 @@ class BatchJob:
         self.input_path, self.output_path = Path(input_path), Path(output_path)
         if not self.input_path.is_file():
             raise FileNotFoundError(f"there is no file {self.input_path}; give a JSONL file with a row a line")
+        if self.output_path.exists() and not self.output_path.is_file():
+            raise ValueError(f"{self.output_path} is not a file; a job appends to one, and reads what is there")
         if self.output_path.exists() and self.input_path.samefile(self.output_path):
             raise ValueError(f"{self.output_path} is both input and output; give the output a name of its own")
         self.num_rows = _check_ids(self.input_path)

@@ -56,9 +56,7 @@ def run(args: argparse.Namespace) -> int:
     spec = args.workload or (None if args.prompts or args.file else DEFAULT_WORKLOAD)
     workload = None if spec is None else RandomWorkload.parse(spec)
     requests = read_requests(args.file) if args.file else list(args.prompts)
-    for path in filter(None, (args.html, args.perfetto, args.json)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: its folder does not exist")
+    check_outputs([path for path in (args.html, args.perfetto, args.json) if path])
 
     import dataclasses
 
@@ -86,10 +84,24 @@ def run(args: argparse.Namespace) -> int:
     return 1 if trace.violations else 0
 
 
+def check_outputs(paths: list[str]) -> None:
+    """ValueError if one of the files cannot be written, as far as can be told before the run."""
+    for path in paths:
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder does not exist")
+        if Path(path).is_dir():
+            raise ValueError(f"{path} cannot be written: it is a folder; name a file in it")
+    resolved = [Path(path).resolve() for path in paths]
+    twice = [path for path, file in zip(paths, resolved, strict=True) if resolved.count(file) > 1]
+    if twice:
+        raise ValueError(f"{' and '.join(twice)} are one file; give --html, --perfetto and --json a file each")
+
+
 def read_requests(path: str) -> list[Any]:
     """Prompts and conversations of a file: JSON objects, or plain text, a line each."""
     requests: list[Any] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: JSON's strings may hold other separators of lines as they are.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
@@ -99,6 +111,8 @@ def read_requests(path: str) -> list[Any]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
+        except RecursionError:
+            raise ValueError(f"{path}, line {number} is nested too deeply") from None
         if "messages" in row:
             requests.append(row["messages"])
         elif isinstance(row.get("prompt"), str):
@@ -124,17 +138,23 @@ def ask(llm: Any, requests: list[Any], params: Any, args: argparse.Namespace) ->
 
 
 def write(trace: Any, args: argparse.Namespace) -> None:
-    """Write the files that were asked for, and say which."""
-    written = []
+    """Write the files that were asked for, and say which; one that fails does not keep the others from it."""
+    written, failed = [], []
     for path, how in (
         (args.html, trace.write_html),
         (args.perfetto, trace.write_perfetto),
         (args.json, trace.write_json),
     ):
         if path:
-            how(path)
-            written.append(f"{path} ({Path(path).stat().st_size / 1e3:,.0f} kB)")
-    print(f"wrote {', '.join(written)}", file=sys.stderr)
+            try:
+                how(path)
+                written.append(f"{path} ({Path(path).stat().st_size / 1e3:,.0f} kB)")
+            except OSError as error:
+                failed.append(f"{path} could not be written: {error}")
+    if written:
+        print(f"wrote {', '.join(written)}", file=sys.stderr)
+    if failed:
+        raise OSError("; ".join(failed))
 
 
 def print_summary(trace: Any) -> None:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 MAX_TOKEN_ID = 10_000  # prompts draw from 0 to this, and wrap round in a smaller vocabulary
+MOST_TOKENS = 100_000_000  # of all prompts: their ids are kept, which takes some 8 bytes each
 FORM = "N:PROMPT_LO-PROMPT_HI:OUTPUT_LO-OUTPUT_HI[:SHARED_PREFIX], e.g. 16:64-256:64-128"
 
 
@@ -26,7 +27,7 @@ class RandomWorkload:
 
     @classmethod
     def parse(cls, spec: str) -> "RandomWorkload":
-        """Read ``FORM``; ValueError if it is something else."""
+        """Read ``FORM``; ValueError if it is something else, or more than anybody runs."""
         found = re.fullmatch(r"(\d+):(\d+)(?:-(\d+))?:(\d+)(?:-(\d+))?(?::(\d+))?", spec, re.ASCII)
         if found is None:
             raise ValueError(f"workload {spec!r} is not {FORM}")
@@ -43,6 +44,9 @@ class RandomWorkload:
         )
         if number < 1 or any(low < 1 or low > high for low, high in ranges):
             raise ValueError(f"workload {spec!r} has a number below 1 or a range that runs backwards; it is {FORM}")
+        tokens = number * ((prefix or 0) + ranges[0][1])
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"workload {spec!r} may have {tokens:,} prompt tokens; at most {MOST_TOKENS:,} are drawn")
         return cls(number, *ranges, prefix or 0)
 
     def draw(self, seed: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:
