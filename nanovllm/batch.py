@@ -8,7 +8,6 @@ run again. Rows without a seed take theirs from the hash, so neither order nor r
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -34,6 +33,7 @@ from nanovllm.batch_rows import (
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.file_lock import lock
 from nanovllm.utils.progress import ProgressBar
 
 FSYNC_SECONDS = 1.0
@@ -126,6 +126,8 @@ class BatchJob:
         self.input_path, self.output_path = Path(input_path), Path(output_path)
         if not self.input_path.is_file():
             raise FileNotFoundError(f"there is no file {self.input_path}; give a JSONL file with a row a line")
+        if self.output_path.exists() and not self.output_path.is_file():
+            raise ValueError(f"{self.output_path} is not a file; a job appends to one, and reads what is there")
         if self.output_path.exists() and self.input_path.samefile(self.output_path):
             raise ValueError(f"{self.output_path} is both input and output; give the output a name of its own")
         self.num_rows = _check_ids(self.input_path)
@@ -289,7 +291,9 @@ class _Output:
         self._path = path
         self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115  (closed by close())
         try:
-            _lock(self._file, path)
+            lock(
+                self._file, f"{path} is being written by another batch job; wait for it to end, or name another output"
+            )
             self._done, self._failed = self._read(retry_errors)
         except BaseException:
             self._file.close()
@@ -374,24 +378,6 @@ def _holds(hashes: np.ndarray, digest: str) -> bool:
     key = bytes.fromhex(digest).rstrip(b"\0")  # numpy drops zeros at the end
     place = int(np.searchsorted(hashes, np.bytes_(key)))
     return place < len(hashes) and bytes(hashes[place]) == key
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock a file until it is closed or the process dies; BlockingIOError if somebody else has."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(2**31 - 2)  # a byte far behind what is written, for others may not read it
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise BlockingIOError(
-            f"{path} is being written by another batch job; wait for it to end, or name another output"
-        ) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.config import EngineConfig
 from nanovllm.engine import calls
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.prompts import Prompt, as_prompt_list
+from nanovllm.engine.prompts import Prompt, as_prompt_list, check_text
 from nanovllm.engine.request import PreparedRequest
 from nanovllm.engine.tokenizer import ChatOptions, as_conversations, check_conversation, render_chat, template_options
 from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
@@ -424,6 +424,7 @@ class LLM:
         for name, conversation in as_conversations(messages):
             try:
                 text = render_chat(tokenizer, check_conversation(name, conversation), **options)
+                check_text(name, text)
                 # The template has put in the special tokens.
                 prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
             except (TypeError, ValueError) as error:

@@ -352,6 +352,14 @@ def test_a_line_torn_in_the_middle_of_the_file_is_an_error(files: Files) -> None
     assert files.output.read_bytes() == b"".join(lines)
 
 
+def test_an_output_that_is_no_file_is_refused(files: Files) -> None:
+    """A device may be read without end."""
+    files.put({"prompt": "a"})
+    for output in (os.devnull, files.input.parent):
+        with pytest.raises(ValueError, match="is not a file"):
+            run_batch(StubLLM(), files.input, output)  # type: ignore[arg-type]
+
+
 def test_input_and_output_are_two_files(files: Files) -> None:
     files.put({"prompt": "a"})
     with pytest.raises(ValueError, match="both input and output"):

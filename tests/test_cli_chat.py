@@ -171,6 +171,14 @@ def test_a_message_of_several_lines_and_one_that_begins_with_a_slash(
     assert questions == ["add 1\nand 2", "/reset me", "last"]
 
 
+def test_a_message_that_is_no_text_is_told_and_the_conversation_goes_on(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = talk(session, monkeypatch, capsys, "a\udcff\nadd 12 and 30\n")
+    assert "messages is not valid Unicode" in out
+    assert "12 + 30 = 42" in out
+
+
 def test_a_full_conversation_names_the_remedy_and_goes_on(
     session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM, hub
 from nanovllm.cli import main
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.file_lock import lock
 from tests.fake_hub import COMMIT, FakeHub, serve_hub
 
 NAME = "Somebody/Demo-2M"
@@ -168,6 +169,15 @@ def test_a_full_disk_is_told_before_the_weights_come(
     assert f"Demo-2M takes {size:,} more bytes, and {hub.SPARE_BYTES + 2**20:,} are free on its disk" in line
     assert "--local-dir" in line
     assert "model.safetensors" not in [name for name, _ in remote.sent]
+
+
+def test_a_second_download_into_one_folder_waits_its_turn(remote: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both would append to the same unfinished files."""
+    assert main(["download", NAME]) == 0
+    with Path("Demo-2M", hub.NOTE_FILE).open("a") as running:
+        lock(running, "nobody else has it")
+        assert "another download into Demo-2M is running" in error_line(capsys, NAME)
+    assert main(["download", NAME]) == 0
 
 
 def test_a_folder_of_something_else_is_left_alone(remote: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:

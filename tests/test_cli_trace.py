@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.cli import main
+from nanovllm.cli.trace import read_requests
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.diagnostics.books import Books, Event
 from nanovllm.diagnostics.recorder import Recorder, record
@@ -241,9 +242,10 @@ def test_the_page_needs_nothing_but_itself(scarce: RunRecord) -> None:
 
 def test_a_prompt_cannot_end_the_pages_data(scarce: RunRecord) -> None:
     first = next(iter(scarce.sequences.values()))
-    with mock.patch.object(first, "prompt", "</script><script>alert(1)</script>"):
+    with mock.patch.object(first, "prompt", "<!--<script></script><script>alert(1)</script>"):
         page = trace_page(scarce)
     assert page.count("</script>") == trace_page(scarce).count("</script>")
+    assert page.count("<!--") == trace_page(scarce).count("<!--"), "with <script after it, it hides the data's end"
 
 
 def test_a_page_of_two_hundred_requests_stays_small() -> None:
@@ -339,6 +341,30 @@ def test_a_file_of_prompts_is_run(tmp_path: Path) -> None:
     assert found["engine"]["workload"] == "3 prompts"
 
 
+def test_a_line_of_a_file_ends_at_a_newline_only(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text('{"prompt": "a\u2028b\x85c"}\nd\x0ce\n', encoding="utf-8")
+    assert read_requests(str(path)) == ["a\u2028b\x85c", "d\x0ce"]
+
+
+def test_a_line_that_is_nested_too_deeply_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("hello\n" + '{"prompt":' * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2 is nested too deeply"):
+        read_requests(str(path))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_file_that_cannot_be_written_does_not_cost_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept.json"
+    arguments = ["trace", "hello", "--max-tokens", "2", "--device", "cpu", "--html", "/dev/full", "--json", str(kept)]
+    assert main(arguments) == 2
+    assert json.loads(kept.read_text())["totals"]["sequences"] == 1
+    assert "/dev/full could not be written: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -357,6 +383,10 @@ def test_a_file_of_prompts_is_run(tmp_path: Path) -> None:
         (["--workload", "2:3-4:5-6", "--think", "off"], "--think needs prompts or --file"),
         (["--raw", "--think", "off", "add 1 and 2"], "--think has no effect with --raw"),
         (["--file", "nowhere.txt"], "nowhere.txt: No such file"),
+        (["--perfetto", "."], "it is a folder"),
+        (["--html", "t.out", "--json", "./t.out"], "are one file"),
+        (["--workload", "999999999999:1-2:1-2"], "1,999,999,999,998 prompt tokens; at most 100,000,000"),
+        (["--workload", "2:1-8:1-2:99999999"], "prompt tokens; at most 100,000,000"),
         (["--num-kvcache-blocks", "0"], "num_kvcache_blocks is 0"),
         (["--workload", "2:100:100", "--num-kvcache-blocks", "2"], "num_kvcache_blocks"),
     ],

@@ -105,6 +105,7 @@ class TestChat:
         ("messages", "error", "message"),
         [
             ("hello", TypeError, "messages is a str; pass a list of"),
+            ([{"role": "user", "content": "x\ud800"}], ValueError, "messages is not valid Unicode"),
             ({"role": "user", "content": "x"}, TypeError, "messages is a dict"),
             ([{"content": "x"}], ValueError, r"messages\[0\] has no 'role'"),
             ([QUESTION, ["x"]], TypeError, r"conversation 1\[0\] is a str"),

@@ -38,24 +38,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in COMMANDS:
         module = import_module(f"nanovllm.cli.{name}")
         module.add_parser(commands)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:  # argparse would let the command's parser pass them, and point to the help of the whole
-        args.parser.refuse(unknown)
-    del args.parser
+    _replace_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character must not end the program
     try:
-        return args.run(args)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # argparse would let the command's parser pass them, and point to the help of the whole
+            args.parser.refuse(unknown)
+        del args.parser
+        code = args.run(args)
+        sys.stdout.flush()  # a full disk or a closed pipe may show only now
+        return code
     except BrokenPipeError:  # whoever read the output has seen enough
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         return 1
     except (TypeError, ValueError, OSError, EngineDeadError) as error:
-        print(f"nanovllm: error: {' '.join(message_of(error).split())}", file=sys.stderr)
+        _tell(f"nanovllm: error: {' '.join(message_of(error).split())}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         return 130
+    finally:
+        _drop_what_cannot_be_written()
+
+
+def _replace_closed_streams() -> None:
+    """Whoever started the process may have closed its streams, for which Python has None: nothing comes or goes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (for the whole process)
+
+
+def _tell(message: str) -> None:
+    with suppress(OSError):
+        print(message, file=sys.stderr)
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Python would try once more at its end, complain, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def message_of(error: Exception) -> str:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     workload = None if spec is None else Workload.parse(spec)
     requests = read_requests(args.file) if args.file else list(args.prompts)
     check_options_of_prompts(args, are_random=workload is not None)
-    check_writable(args.html, args.perfetto, args.json)
+    check_outputs([path for path in (args.html, args.perfetto, args.json) if path and path != "-"])
 
     import dataclasses
 
@@ -113,10 +113,20 @@ def check_options_of_prompts(args: argparse.Namespace, are_random: bool) -> None
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --raw: there is no chat template")
 
 
+def check_outputs(paths: list[str]) -> None:
+    """ValueError if one of the files cannot be written, as far as can be told before the run."""
+    check_writable(*paths)
+    resolved = [Path(path).resolve() for path in paths]
+    twice = [path for path, file in zip(paths, resolved, strict=True) if resolved.count(file) > 1]
+    if twice:
+        raise ValueError(f"{' and '.join(twice)} are one file; give --html, --perfetto and --json a file each")
+
+
 def read_requests(path: str) -> list[Any]:
     """Prompts and conversations of a file: JSON objects, or plain text, a line each."""
     requests: list[Any] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # Not splitlines: JSON's strings may hold other separators of lines as they are.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
@@ -126,6 +136,8 @@ def read_requests(path: str) -> list[Any]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
+        except RecursionError:
+            raise ValueError(f"{path}, line {number} is nested too deeply") from None
         if "messages" in row:
             requests.append(row["messages"])
         elif isinstance(row.get("prompt"), str):
@@ -151,17 +163,23 @@ def ask(llm: "LLM", requests: list[Any], params: "SamplingParams", args: argpars
 
 
 def write(trace: "RunRecord", args: argparse.Namespace) -> None:
-    """Write the files that were asked for, and say which."""
-    written = []
+    """Write the files that were asked for, and say which; one that fails does not keep the others from it."""
+    written, failed = [], []
     for path, how in (
         (args.html, trace.write_html),
         (args.perfetto, trace.write_perfetto),
         (None if args.json == "-" else args.json, trace.write_json),
     ):
         if path:
-            how(path)
-            written.append(f"{path} ({Path(path).stat().st_size / 1e3:,.0f} kB)")
-    print(f"wrote {', '.join(written)}", file=sys.stderr)
+            try:
+                how(path)
+                written.append(f"{path} ({Path(path).stat().st_size / 1e3:,.0f} kB)")
+            except OSError as error:
+                failed.append(f"{path} could not be written: {error}")
+    if written:
+        print(f"wrote {', '.join(written)}", file=sys.stderr)
+    if failed:
+        raise OSError("; ".join(failed))
 
 
 def print_summary(trace: "RunRecord") -> None:

@@ -18,8 +18,8 @@ def trace_page(record: RunRecord) -> str:
     parts = {
         "/*STYLE*/": folder.joinpath("trace_page.css").read_text("utf-8"),
         "/*SCRIPT*/": folder.joinpath("trace_page.js").read_text("utf-8"),
-        # "</" would end the element that the data is in.
-        "/*DATA*/": json.dumps(page_data(record), separators=(",", ":")).replace("</", "<\\/"),
+        # "</script" would end the element that the data is in, and "<!--<script" keep it from ending.
+        "/*DATA*/": json.dumps(page_data(record), separators=(",", ":")).replace("<", "\\u003c"),
     }
     page = folder.joinpath("trace_page.html").read_text("utf-8")
     for mark, part in parts.items():

@@ -49,15 +49,16 @@ def parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
         if text is None and ids is None:
             raise ValueError(f"{name} has neither 'prompt' nor 'prompt_token_ids'")
         if text is not None:
-            _check_text(f"{name}['prompt']", text)
+            check_text(f"{name}['prompt']", text)
         return text, None if ids is None else _token_ids(f"{name}['prompt_token_ids']", ids)
     if isinstance(prompt, str):
-        _check_text(name, prompt)
+        check_text(name, prompt)
         return prompt, None
     return None, _token_ids(name, prompt)
 
 
-def _check_text(name: str, text: Any) -> None:
+def check_text(name: str, text: Any) -> None:
+    """TypeError if it is no string, ValueError if it is not valid Unicode."""
     if not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}; it must be a string")
     try:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanovllm.hub.client import HubError, RemoteFile, Repository
 from nanovllm.models.registry import MODELS
+from nanovllm.utils.file_lock import lock
 from nanovllm.utils.loader import INDEX_FILE, find_shards
 from nanovllm.utils.model_config import CONFIG_FILE, load_model_config
 
@@ -71,7 +72,7 @@ def download(repository: str, revision: str | None = None, local_dir: str | os.P
         HubError: The repository cannot be reached, is not there, or is gated, or what came is damaged.
         ValueError: The name is none, the folder holds something else, there is not enough space, or the model is of an
             architecture that is not supported.
-        OSError: The folder cannot be written to.
+        OSError: The folder cannot be written to, or another download into it is running (BlockingIOError).
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
         raise ValueError(f"{repository!r} is not the name of a repository; write OWNER/NAME, as in Qwen/Qwen3-0.6B")
@@ -84,8 +85,17 @@ def download(repository: str, revision: str | None = None, local_dir: str | os.P
         raise ValueError(f"{repository} is no checkpoint that can be loaded: it has no {CONFIG_FILE}")
     _check_space(folder, [remote.files[name] for name in small])
     folder.mkdir(parents=True, exist_ok=True)
-    note = {"repository": repository, "revision": remote.commit}
-    (folder / NOTE_FILE).write_text(json.dumps(note) + "\n", encoding="utf-8")
+    with (folder / NOTE_FILE).open("a", encoding="utf-8") as note:
+        lock(note, f"another download into {folder} is running; wait for it to end, or name another with --local-dir")
+        note.truncate(0)
+        note.seek(0)
+        note.write(json.dumps({"repository": repository, "revision": remote.commit}) + "\n")
+        note.flush()
+        return _fetch(remote, repository, folder, small)
+
+
+def _fetch(remote: Repository, repository: str, folder: Path, small: list[str]) -> Download:
+    """Fetch the files into a folder that nobody else downloads into, and check them."""
     for name in small:
         remote.fetch(name, folder)
     architecture = _check_config(folder, repository)

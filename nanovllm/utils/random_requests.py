@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 
 MAX_TOKEN_ID = 10_000  # prompts draw from 0 to this, and wrap round in a smaller vocabulary
+MOST_TOKENS = 100_000_000  # of all prompts: their ids are kept, which takes some 8 bytes each
 FORM = "N:PROMPT_LO-PROMPT_HI:OUTPUT_LO-OUTPUT_HI[:SHARED_PREFIX], e.g. 16:64-256:64-128"
 
 
@@ -54,15 +55,19 @@ class Workload:
 
     @classmethod
     def parse(cls, spec: str) -> "Workload":
-        """Read ``FORM``; ValueError if it is something else."""
+        """Read ``FORM``; ValueError if it is something else, or more than anybody runs."""
         number, *lengths = spec.split(":")
         try:
             if len(lengths) not in (2, 3):
                 raise ValueError(f"it has {len(lengths) + 1} parts")
             prefix = whole_number(lengths[2], 0) if len(lengths) == 3 else 0
-            return cls(whole_number(number, 1), length_range(lengths[0]), length_range(lengths[1]), prefix)
+            workload = cls(whole_number(number, 1), length_range(lengths[0]), length_range(lengths[1]), prefix)
         except ValueError as error:
             raise ValueError(f"workload {spec!r} is not {FORM}: {error}") from None
+        tokens = workload.num_requests * (prefix + workload.prompt_len[1])
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"workload {spec!r} may have {tokens:,} prompt tokens; at most {MOST_TOKENS:,} are drawn")
+        return workload
 
     def __str__(self) -> str:
         (prompt_lo, prompt_hi), (output_lo, output_hi) = self.prompt_len, self.output_len
