@@ -98,10 +98,10 @@ def hf_generator(model: Any, tokenizer: Any, max_tokens: int = MAX_TOKENS, batch
     return generate
 
 
-def load_hf(path: Path, dtype: str, device: str, quantization: str | None) -> tuple[Generate, Any]:
+def load_hf(path: Path, dtype: str, device: str, quantization: str | None, ranks: int) -> tuple[Generate, Any]:
     """The checkpoint in transformers."""
-    if quantization is not None:
-        raise SystemExit("--quantization is nanovllm's")
+    if quantization is not None or ranks > 1:
+        raise SystemExit("--quantization and --tensor-parallel-size are nanovllm's")
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,11 +113,11 @@ def load_hf(path: Path, dtype: str, device: str, quantization: str | None) -> tu
     return hf_generator(model, tokenizer), tokenizer
 
 
-def load_nanovllm(path: Path, dtype: str, device: str, quantization: str | None) -> tuple[Generate, Any]:
+def load_nanovllm(path: Path, dtype: str, device: str, quantization: str | None, ranks: int) -> tuple[Generate, Any]:
     """The checkpoint in nanovllm."""
     from nanovllm import LLM, SamplingParams
 
-    llm = LLM(str(path), dtype=dtype, device=device, quantization=quantization)
+    llm = LLM(str(path), dtype=dtype, device=device, quantization=quantization, tensor_parallel_size=ranks)
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
 
     def generate(prompts: list[list[int]]) -> list[str]:
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16 or auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantization", choices=["int8"], help="weights in eight bits (nanovllm, on the CPU)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="processes (nanovllm)")
     parser.add_argument(
         "--questions", type=int, default=500, metavar="N", help="held-out questions a task (default 500)"
     )
@@ -210,7 +211,7 @@ def main() -> None:
     args = parser.parse_args()
 
     load = load_hf if args.engine == "hf" else load_nanovllm
-    generate, tokenizer = load(args.model, args.dtype, args.device, args.quantization)
+    generate, tokenizer = load(args.model, args.dtype, args.device, args.quantization, args.tensor_parallel_size)
     examples = [example for task in args.tasks for example in held_out_examples(task, args.questions)]
     started = time.perf_counter()
     scores = [s for thinking in (False, True) for s in score(generate, tokenizer, examples, thinking)]
@@ -238,6 +239,7 @@ def main() -> None:
             "dtype": args.dtype,
             "device": args.device,
             "quantization": args.quantization,
+            "tensor_parallel_size": args.tensor_parallel_size,
             "divergence_from_float32": distance,
             "questions_per_task": args.questions,
             "seconds": round(seconds, 1),
