@@ -757,17 +757,22 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-const root = document.documentElement;
-function isDark() {
-  return root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)");
+let isThemeChosen = false;  // until then it is the system's
+function setTheme(isDark) {
+  root.dataset.theme = isDark ? "dark" : "light";
+  $("theme").textContent = isDark ? "Light" : "Dark";
 }
-function nameTheme() { $("theme").textContent = isDark() ? "Light" : "Dark"; }
 $("theme").addEventListener("click", () => {
-  root.dataset.theme = isDark() ? "light" : "dark";
-  nameTheme();
+  isThemeChosen = true;
+  setTheme(root.dataset.theme !== "dark");
   layOut();
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { nameTheme(); layOut(); });
+system.addEventListener("change", () => {
+  if (isThemeChosen) return;
+  setTheme(system.matches);
+  layOut();
+});
 let lastWidth = document.body.clientWidth;
 window.addEventListener("resize", () => requestAnimationFrame(() => {
   if (document.body.clientWidth === lastWidth) return;
@@ -775,7 +780,7 @@ window.addEventListener("resize", () => requestAnimationFrame(() => {
   layOut();
 }));
 
-nameTheme();
+setTheme(system.matches);
 showTotals();
 tellSelected();
 $("slider").max = Math.max(0, steps.length - 1);

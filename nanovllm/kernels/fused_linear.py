@@ -207,19 +207,10 @@ def compile_cases() -> list[dict[str, Any]]:
     ):
         sizes, num_warps = _launch_sizes(inputs, 4 if dtype == "fp32" else 2, "GATED" in flags)
         switches = {name: name in flags for name in ("HAS_NORM", "HAS_BIAS", "HAS_RESIDUAL", "GATED")}
-        constexprs = {
-            "ROWS": rows,
-            "INPUTS": inputs,
-            "OUTPUTS": outputs,
-            **sizes,
-            **switches,
-            "OVERLAPS": False,
-        }
-        constexprs |= (
-            {"UPCOMING": 1 << 22, "UPCOMING_LINES": 256}
-            if "UPCOMING" in flags
-            else {"UPCOMING": 0, "UPCOMING_LINES": 0}
-        )
+        length = 1 << 22 if "UPCOMING" in flags else 0
+        lines = _lines_of_a_share(2 * length, triton.cdiv(outputs, sizes["OUTPUT_TILE"]))
+        constexprs = {"ROWS": rows, "INPUTS": inputs, "OUTPUTS": outputs, **sizes, **switches, "OVERLAPS": False}
+        constexprs |= {"UPCOMING": length, "UPCOMING_LINES": lines}
         tensors = ("x", "norm_weight", "weight", "bias", "residual", "out", "upcoming")
         cases.append(
             {
