@@ -34,8 +34,8 @@ PROGRAMS_PER_SM = 2
 # Scores of what is not there: finite, so that their differences are numbers.
 _LOWEST = tl.constexpr(-1e30)
 
-# Where what other kernels write is read. A multiprocessor's own cache is emptied when a kernel starts, but not, it
-# seems, when one starts early: it may hold what was at an address before.
+# Where what other kernels write is read. A multiprocessor's own cache is emptied when a kernel starts; that it is when
+# one starts beside others is said nowhere, and it may hold what was at an address before.
 _L2 = tl.constexpr(".cg")
 
 

@@ -348,6 +348,7 @@ def plan_decode(
     )
     if rows > 0:
         few = rows <= 64
+        # Not launched to overlap, and letting nothing start: ``decode_few_rows`` reads the plan without waiting.
         _plan_kernel[(1,)](
             context_lengths,
             slots,
