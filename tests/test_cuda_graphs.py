@@ -23,6 +23,7 @@ from nanovllm.engine.cuda_graphs import batch_sizes
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.temperature import Linear
 from tests import kinds, late_runner
+from tests.bounds import bounds  # noqa: F401
 from tests.checkpoints import reference_greedy
 from tests.late_runner import make_late
 from tests.threads import one_thread  # noqa: F401

@@ -27,6 +27,7 @@ from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import apply_rotary
+from tests.bounds import bounds  # noqa: F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = st.sampled_from((torch.bfloat16, torch.float16, torch.float32))

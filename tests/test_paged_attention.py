@@ -25,6 +25,7 @@ from nanovllm.attention.triton import TritonAttention
 from nanovllm.kernels import decode_few_rows, paged_decode, paged_prefill, store_kv
 from nanovllm.kernels.paged_decode import plan_decode
 from nanovllm.kernels.paged_prefill import plan_prefill
+from tests.bounds import bounds  # noqa: F401
 from tests.test_attention import SPEC, Case, Row, Simulation, assert_close, naive
 from tests.threads import one_thread  # noqa: F401
 

@@ -22,6 +22,7 @@ from nanovllm.layers import sampler as sampler_module
 from nanovllm.layers.noise import block_words, exponential_noise, token_words
 from nanovllm.layers.sampler import Sampler, SamplingRows
 from nanovllm.layers.top_tokens import in_blocks
+from tests.bounds import bounds  # noqa: F401
 from tests.test_sampler import exact_distribution, make_rows, mixed_rows, request_keys
 from tests.test_sampling_statistics import LIMIT, example_logits, p_value
 from tests.threads import one_thread  # noqa: F401
