@@ -25,6 +25,7 @@ STAGES = [
     "graphs",
     "standard",
     "latency",
+    "few_rows",
     "profile",
     "memory",
     "many",
@@ -269,3 +270,36 @@ class TestDeviceUsage:
     def test_a_trace_without_kernels_is_said_to_be_empty(self, gpu_check: ModuleType) -> None:
         usage = importlib.import_module("gpu_speed").device_usage([], "kernel")
         assert usage == {"events": 0, "top": []}
+
+
+class TestSettingsOfFewRows:
+    @pytest.fixture
+    def stage(self, gpu_check: ModuleType) -> ModuleType:
+        return importlib.import_module("gpu_few_rows")
+
+    def test_each_is_of_a_constant_there_is_and_another_value(self, stage: ModuleType) -> None:
+        pytest.importorskip("triton", reason="triton is not installed")
+        for name, settings in stage.SETTINGS.items():
+            before = {module: importlib.import_module(f"nanovllm.kernels.{module}") for module in settings}
+            values = {m: {constant: getattr(before[m], constant) for constant in settings[m]} for m in settings}
+            assert values != settings or not settings, name
+            with stage.changed(settings):
+                assert {m: {c: getattr(before[m], c) for c in settings[m]} for m in settings} == settings
+
+    @pytest.mark.slow
+    def test_steps_are_captured_anew_by_them(
+        self, stage: ModuleType, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("triton", reason="triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("the stage itself runs there")
+        from tests.test_cuda_graphs import all_kernels, call_again, open_captured
+
+        monkeypatch.setattr(stage, "CudaCapture", lambda: call_again)
+        with all_kernels(monkeypatch), open_captured(tiny_checkpoint, max_num_seqs=1, max_model_len=80) as llm:
+            before = llm.engine.runner.graphs
+            _, expected = stage.time_steps(llm, steps=2, repeats=1)
+            with stage.changed({"decode_few_rows": {"TILE": 32}, "fused_linear": {"ELEMENTS": 1024}}):
+                stage.recapture(llm)
+                assert llm.engine.runner.graphs not in (None, before)
+                assert stage.time_steps(llm, steps=2, repeats=1)[1] == expected

@@ -32,6 +32,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 import gpu_attention  # noqa: E402
+import gpu_few_rows  # noqa: E402
 import gpu_kernels  # noqa: E402
 import gpu_speed  # noqa: E402
 import gpu_stages  # noqa: E402
@@ -49,6 +50,7 @@ STAGES: dict[str, tuple[Callable[[Check], None], float]] = {
     "graphs": (gpu_stages.check_graphs, 240),
     "standard": (gpu_speed.check_standard, 240),
     "latency": (gpu_speed.check_latency, 120),
+    "few_rows": (gpu_few_rows.check_few_rows, 240),
     "profile": (gpu_speed.check_profile, 240),
     "memory": (gpu_stages.check_memory, 240),
     "many": (gpu_speed.check_many, 480),

@@ -1,0 +1,97 @@
+"""A stage of gpu_check.py: a step of one row under other settings of the kernels that make it up."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from gpu_measure import Check, Result, ceilings, roofline
+from gpu_speed import model_config, model_folder
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.cuda_graphs import CudaCapture
+
+# By what they are called: values of constants of modules in nanovllm/kernels.
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "as it is": {},
+    "no prefetch": {"fused_linear": {"MOST_UPCOMING": 0}},
+    "tiles of 32": {"decode_few_rows": {"TILE": 32}},
+    "tiles of 128": {"decode_few_rows": {"TILE": 128}},
+    "tiles of 32 in 32 registers": {"decode_few_rows": {"TILE": 32, "REGISTERS": 32}},
+    "tiles of 64 in 32 registers": {"decode_few_rows": {"REGISTERS": 32}},
+    "a program a multiprocessor": {"decode_few_rows": {"PROGRAMS_PER_SM": 1}},
+    "products of 4096": {"fused_linear": {"ELEMENTS": 4096}},
+    "products of 4096 in a warp": {"fused_linear": {"ELEMENTS": 4096, "NUM_WARPS": 1}},
+    "products of 8192 in four warps": {"fused_linear": {"NUM_WARPS": 4}},
+    "products of 16384 in four warps": {"fused_linear": {"ELEMENTS": 16384, "NUM_WARPS": 4}},
+    "as it is, again": {},
+}
+PROMPT_TOKENS = 64
+
+
+def check_few_rows(check: Check) -> None:
+    """Microseconds of a step of one row, and how many of its tokens are those of the first settings."""
+    steps, repeats = (3, 1) if check.quick else (256, 5)
+    bandwidth, flops = ceilings(check)
+    weights = roofline([PROMPT_TOKENS], [steps + 1], model_config(check), bandwidth, flops).weights
+    check.note("us_of_reading_weights", weights / steps * 1e6)
+    limits: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "max_model_len": PROMPT_TOKENS + steps + 1,
+        "max_num_batched_tokens": 1024,
+    }
+    expected: list[int] = []
+
+    def measure(llm: LLM, settings: dict[str, dict[str, Any]]) -> Result:
+        with changed(settings):
+            recapture(llm)
+            seconds, tokens = time_steps(llm, steps, repeats)
+        expected.extend(tokens if not expected else [])
+        alike = sum(token == other for token, other in zip(tokens, expected, strict=True))
+        step = seconds / steps
+        return {"us": step * 1e6, "of_weight_bandwidth": weights / steps / step, "tokens": f"{alike} of {len(tokens)}"}
+
+    with LLM(model_folder(check), device=check.device.type, skip_tokenizer_init=True, seed=0, **limits) as llm:
+        time_steps(llm, steps, 1)  # clocks rise
+        for name, settings in list(SETTINGS.items())[: 3 if check.quick else None]:
+            check.part(name, measure, llm, settings)
+
+
+@contextmanager
+def changed(settings: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Constants of kernel modules, by module and name, for as long as the context lasts."""
+    with ExitStack() as stack:
+        for module, values in settings.items():
+            stack.enter_context(patch.multiple(import_module(f"nanovllm.kernels.{module}"), **values))
+        yield
+
+
+def recapture(llm: LLM) -> None:
+    """Capture the decode steps of an engine anew, if it has captured any: by the settings there are now."""
+    runner = llm.engine.runner
+    if runner.graphs is None:
+        return
+    with torch.inference_mode(), runner._on_device():
+        runner.graphs = None
+        runner.capture_graphs(CudaCapture())
+    if runner.graphs is None:
+        raise RuntimeError("these settings could not be captured: the log says why")
+
+
+def time_steps(llm: LLM, steps: int, repeats: int) -> tuple[float, list[int]]:
+    """Median seconds of ``steps`` decode steps of one row, and the tokens with the one before them."""
+
+    def run(max_tokens: int) -> tuple[float, list[int]]:
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
+        started = time.perf_counter()
+        [output] = llm.generate([list(range(7, 7 + PROMPT_TOKENS))], params, use_tqdm=False)
+        return time.perf_counter() - started, output.outputs[0].token_ids
+
+    run(steps + 1)
+    alone = statistics.median(run(1)[0] for _ in range(repeats))
+    times, tokens = zip(*(run(steps + 1) for _ in range(repeats)), strict=True)
+    return statistics.median(times) - alone, tokens[0]
