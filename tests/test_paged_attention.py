@@ -22,8 +22,8 @@ from nanovllm.attention import BACKENDS, AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata, DecodeMetadata
 from nanovllm.attention.flash_attn import FlashAttention
 from nanovllm.attention.triton import TritonAttention
-from nanovllm.kernels import decode_few_rows, paged_decode, paged_prefill, store_kv
-from nanovllm.kernels.paged_decode import plan_decode
+from nanovllm.kernels import decode_few_rows, decode_work, paged_decode, paged_prefill, store_kv
+from nanovllm.kernels.decode_work import plan_decode
 from nanovllm.kernels.paged_prefill import plan_prefill
 from tests.bounds import bounds  # noqa: F401
 from tests.test_attention import SPEC, Case, Row, Simulation, assert_close, naive
@@ -170,15 +170,15 @@ class TestDecode:
     @pytest.mark.parametrize("programs", [1, 48])
     def test_few_long_items_and_many_short_ones(self, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(paged_decode, "PROGRAMS_PER_SM", programs)
-        monkeypatch.setattr(paged_decode, "ITEMS_PER_SM", programs)
-        monkeypatch.setattr(paged_decode, "RESIDENT", programs)
+        monkeypatch.setattr(decode_work, "ITEMS_PER_SM", programs)
+        monkeypatch.setattr(decode_work, "RESIDENT", programs)
         monkeypatch.setattr(paged_decode, "REDUCE_TILE", 4)
         contexts = [1500, 3, 700]
         cache = Cache(Shape(1, 2, 64, 32, torch.float32), contexts, 4)
         work = plan_decode(int32(contexts), int32([0, 1, 2]), None, 1504, 2, 1, 64)
         if DEVICE.type == "cpu":
             longest = (work.items[3] - work.items[2])[: int(work.first_items[-1])].max()
-            assert longest >= 500 if programs == 1 else longest == paged_decode.MIN_CHUNK
+            assert longest >= 500 if programs == 1 else longest == decode_work.MIN_CHUNK
         q, out = cache.queries(3, apart=False), torch.empty(3, 2, 64, device=DEVICE)
         paged_decode.paged_decode(q, cache.keys, cache.values, cache.tables, work, 0.125, out)
         expected = torch.cat([naive(q[i : i + 1].cpu(), cache.k[i].cpu(), cache.v[i].cpu()) for i in range(3)])
@@ -293,7 +293,7 @@ class TestDecodePlan:
                 assert (token, slot, first, parts) == (tokens[row], slots[row], firsts[row], len(own))
                 assert start == covered
                 assert start < end or context == 0
-                assert start % paged_decode.TILE == 0
+                assert start % decode_work.TILE == 0
                 covered = end
             assert covered == context
         return items[: firsts[-1]]
@@ -319,12 +319,12 @@ class TestDecodePlan:
     def test_one_long_row_among_short_ones_is_split(self) -> None:
         items = self.check([10] * 30 + [100_000] + [7] * 30, 100_000)
         longest = max(end - start for _, _, start, end, *_ in items)
-        target = paged_decode.multiprocessors(DEVICE) * paged_decode.ITEMS_PER_SM // 2
-        assert longest <= max(100_510 / target + paged_decode.TILE, paged_decode.CHUNK) + paged_decode.TILE
+        target = decode_work.multiprocessors(DEVICE) * decode_work.ITEMS_PER_SM // 2
+        assert longest <= max(100_510 / target + decode_work.TILE, decode_work.CHUNK) + decode_work.TILE
 
     def test_little_work_is_for_one_program_a_place(self) -> None:
         """What each multiprocessor holds at a time is enough of items."""
-        places = paged_decode.multiprocessors(DEVICE) * paged_decode.RESIDENT // 2
+        places = decode_work.multiprocessors(DEVICE) * decode_work.RESIDENT // 2
         assert len(self.check([places * 128], places * 128)) == places
         assert len(self.check([64], 4096)) == 1
 

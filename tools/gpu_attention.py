@@ -253,13 +253,18 @@ def tune(
     return [one for _, one in sorted(times, key=lambda one: one[0])[:3]]
 
 
+# Settings of how the decode kernel's work is cut up; the others are those of the kernel.
+DECODE_WORK = ("TILE", "CHUNK", "MIN_CHUNK")
+
+
 def tune_decode(check: Check, shape: Shape, budget: float) -> None:
     """Settings of the decode kernel: first what it is compiled with, then how the work is split."""
-    from nanovllm.kernels import paged_decode as module
+    from nanovllm.kernels import decode_work, paged_decode
 
     deadline = time.monotonic() + budget
     names = ("TILE", "NUM_WARPS", "NUM_STAGES", "CHUNK", "PROGRAMS_PER_SM", "MIN_CHUNK")
-    defaults = {"block_size": 32} | {name: getattr(module, name) for name in names}
+    defaults = {"block_size": 32}
+    defaults |= {name: getattr(decode_work if name in DECODE_WORK else paged_decode, name) for name in names}
     grid: dict[str, Sequence[int]] = {name: [value] for name, value in defaults.items()}
     splits = [(defaults["CHUNK"], defaults["PROGRAMS_PER_SM"], defaults["MIN_CHUNK"])]
     if not check.quick:
@@ -289,14 +294,15 @@ def tune_decode(check: Check, shape: Shape, budget: float) -> None:
 def measure_decode(
     check: Check, shape: Shape, contexts: list[int], copies: int, chosen: Settings
 ) -> tuple[float, torch.Tensor]:
-    from nanovllm.kernels import paged_decode as module
+    from nanovllm.kernels import decode_work, paged_decode
 
     values: dict[str, Any] = dict(chosen)
     make = partial(decode_arguments, shape, half(check), contexts, values.pop("block_size"))
-    with patch.multiple(module, **values):
+    of_work = {name: values.pop(name) for name in DECODE_WORK}
+    with patch.multiple(decode_work, **of_work), patch.multiple(paged_decode, **values):
         seeds = range(1 if check.quick else copies)
         given = [make(torch.Generator(check.device).manual_seed(seed)) for seed in seeds]
-        seconds = device_seconds([partial(module.paged_decode, *one) for one in given], check.device)
+        seconds = device_seconds([partial(paged_decode.paged_decode, *one) for one in given], check.device)
     return seconds, given[0][-1]
 
 

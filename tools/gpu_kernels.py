@@ -373,7 +373,7 @@ def decode_arguments(
     shape: Shape, dtype: torch.dtype, contexts: Sequence[int], block_size: int, generator: torch.Generator
 ) -> tuple[Any, ...]:
     """Arguments of ``paged_decode`` for a row a context."""
-    from nanovllm.kernels.paged_decode import plan_decode
+    from nanovllm.kernels.decode_work import plan_decode
 
     rows, device = len(contexts), generator.device
     q, keys, values, tables = paged_inputs(shape, dtype, generator, contexts, block_size, rows)
@@ -389,7 +389,7 @@ def few_rows_arguments(
 ) -> tuple[Any, ...]:
     """Arguments of ``decode_few_rows`` for a row a context."""
     from nanovllm.kernels.decode_few_rows import TILE
-    from nanovllm.kernels.paged_decode import plan_decode
+    from nanovllm.kernels.decode_work import plan_decode
 
     rows, device = len(contexts), generator.device
     _, keys, values, tables = paged_inputs(shape, dtype, generator, contexts, block_size, rows)
@@ -473,7 +473,7 @@ def attention_cases(check: Check, dtype: torch.dtype) -> Iterator[Case]:
 
 def plan_case(check: Check, contexts: list[int]) -> Case:
     """The plan of a decode step, which all layers share: its time, and that it covers every context once."""
-    from nanovllm.kernels.paged_decode import plan_decode
+    from nanovllm.kernels.decode_work import plan_decode
 
     shape = shape_of(check)
 

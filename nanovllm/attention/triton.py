@@ -28,7 +28,7 @@ from nanovllm.kernels import is_interpreted, why_no_triton
 from nanovllm.utils.transfer import to_device
 
 if TYPE_CHECKING:  # Triton is imported when a backend is made
-    from nanovllm.kernels.paged_decode import DecodeWork
+    from nanovllm.kernels.decode_work import DecodeWork
 
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
@@ -47,8 +47,9 @@ class TritonAttention(AttentionBackend):
         super().__init__(spec)
         self.fused_store = kernels.load("qk_norm_rope_store", spec.device)
         self.fused_attend = kernels.load("decode_few_rows", spec.device)
-        from nanovllm.kernels import decode_few_rows, paged_decode, paged_prefill, store_kv
+        from nanovllm.kernels import decode_few_rows, decode_work, paged_decode, paged_prefill, store_kv
 
+        self.plan_decode = decode_work.plan_decode
         self.decode_kernels, self.prefill_kernels, self.store_kernels = paged_decode, paged_prefill, store_kv
         self.few_rows_kernels = decode_few_rows
         self.few_rows_suit = spec.num_heads // spec.num_kv_heads <= decode_few_rows.MOST_GROUP
@@ -120,7 +121,7 @@ class TritonAttention(AttentionBackend):
         spec = self.spec
         sizes = (max_context, spec.num_heads, spec.num_kv_heads, spec.head_dim)
         item_tokens = self.few_rows_kernels.TILE if whole else None
-        return self.decode_kernels.plan_decode(context_lengths, slots, tokens, *sizes, item_tokens)
+        return self.plan_decode(context_lengths, slots, tokens, *sizes, item_tokens)
 
     def _begin(self, metadata: AttentionMetadata, layers: Layers) -> TritonStep:
         """Plan a step of rows with known lengths, with one copy to the device."""

@@ -5,6 +5,7 @@ kernels do, the layers also do with torch's operators: ``load`` answers None whe
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import cache
@@ -34,6 +35,8 @@ FEATURES = (
     "graphs",
     "overlap",
 )
+# e^x is 2^(x log2 e), and 2^x is what processors compute.
+LOG2_E = math.log2(math.e)
 # Rows up to which a step is a matter of reading weights, and has kernels of its own (``fused_linear``,
 # ``decode_few_rows``).
 FEW_ROWS = 4

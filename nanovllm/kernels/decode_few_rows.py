@@ -12,14 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels import LOG2_E
+from nanovllm.kernels.decode_work import DecodeWork, load_item, multiprocessors
 from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
-from nanovllm.kernels.paged_decode import (
-    LOG2_E,
-    DecodeWork,
-    load_item,
-    multiprocessors,
-    paged_decode_reference,
-)
+from nanovllm.kernels.paged_decode import paged_decode_reference
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 
 # Tokens of a program: their keys and values stay in registers.

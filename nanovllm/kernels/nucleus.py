@@ -4,13 +4,13 @@ A draw is kept if the tokens ahead of it, those more likely, do not reach top_p;
 ahead. What ``layers/sampler.py`` does for rows whose top_p the most likely tokens do not reach, with the same noise.
 """
 
-import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels import LOG2_E
 from nanovllm.kernels.sample import block_noise, inverse_temperature, row_words, token_noise
 from nanovllm.layers.noise import GOLDEN, block_words, exponential_noise, signed_word, token_words
 from nanovllm.layers.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE
@@ -191,7 +191,7 @@ def nucleus_reference(
     of_tokens = token_words(num_blocks * BLOCK, device).view(num_blocks, BLOCK)
     ids = torch.arange(num_blocks * BLOCK, device=device).view(num_blocks, BLOCK)
     for row in (pending & peaks.isfinite()).nonzero()[:, 0].tolist():
-        scale = math.log2(math.e) / temperature[row].clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
+        scale = LOG2_E / temperature[row].clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
         weights = ((blocks[row] - peaks[row]) * scale).exp2()
         if min_p is not None:
             weights = weights * (weights >= min_p[row])

@@ -14,15 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels import is_interpreted
+from nanovllm.kernels import LOG2_E, is_interpreted
 
 # Rows of the list of tiles.
 _TOKEN = tl.constexpr(0)
 _POSITION = tl.constexpr(1)
 _COUNT = tl.constexpr(2)
 _ROW = tl.constexpr(3)
-
-_LOG2_E = 1.4426950408889634
 
 # Queries times heads of their group, and keys, of a tile. The keys that a multiprocessor loads for 128 queries take it
 # about as long to multiply as the L2 cache to deliver.
@@ -214,7 +212,7 @@ def paged_prefill(
         out,
         num_tiles,
         block_tables.stride(0),
-        scale * _LOG2_E,
+        scale * LOG2_E,
         Q_STRIDE=q.stride(0),
         BLOCK_STRIDE=keys.stride(0),
         HEAD_STRIDE=keys.stride(1),

@@ -3,13 +3,13 @@
 What ``layers/sampler.py`` does for rows without top_k, top_p and min_p, with the same noise, reading the logits once.
 """
 
-import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels import LOG2_E
 from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
 from nanovllm.layers import noise
 from nanovllm.layers.noise import block_words, exponential_noise, token_words
@@ -25,7 +25,7 @@ _MULTIPLIER_B = tl.constexpr(noise.MULTIPLIER_B & 0xFFFFFFFF)
 _UNIT = tl.constexpr(2.0**-31 * (1 - 2.0**-24))
 _LOWEST = tl.constexpr(MIN_TEMPERATURE)
 _HIGHEST = tl.constexpr(MAX_TEMPERATURE)
-_LOG2_E = tl.constexpr(math.log2(math.e))
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -238,7 +238,7 @@ def sample_reference(
     num_blocks, every = blocks.shape[1], torch.arange(len(blocks), device=blocks.device)
     maxima = blocks.amax(dim=-1)
     peaks = maxima.amax(dim=-1, keepdim=True)
-    scale = (math.log2(math.e) / temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE))[:, None]
+    scale = (LOG2_E / temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE))[:, None]
     weights = ((blocks - peaks[:, :, None]) * scale[:, :, None]).exp2()
     greedy = (temperature == 0)[:, None]
 

@@ -17,7 +17,6 @@ same tokens whatever else is in its batch, however its prompt was cut up, and on
 """
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -156,7 +155,7 @@ class _Batch:
         self.on_cpu = logits.device.type == "cpu" and sampler.nucleus_kernel is None  # else it is interpreted
         self.everything = torch.arange(len(logits), device=logits.device)
         temperature = rows.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
-        self.scale = math.log2(math.e) / temperature  # 2^x costs a third of e^x on the CPU
+        self.scale = kernels.LOG2_E / temperature  # 2^x costs a third of e^x on the CPU
         self.top_k = rows.top_k.where(rows.top_k < sampler.vocab_size, 0)
         self.truncated = (rows.temperature > 0) & ((self.top_k > 0) | (rows.top_p < 1))
         self._measure()

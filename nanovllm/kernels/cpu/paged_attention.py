@@ -29,6 +29,7 @@ from nanovllm.kernels.cpu.tiles import (
 )
 from nanovllm.kernels.cpu.vectors import (
     LANES,
+    LOG2_E,
     VECTOR_BYTES,
     as_float32,
     as_int32,
@@ -44,7 +45,6 @@ from nanovllm.kernels.cpu.vectors import (
 
 TILE_ROWS = 64  # most rows of an item: queries times the heads that share a KV head
 CHUNK = 128  # keys whose scores exist at a time, a multiple of the columns of a tile
-_LOG2_E = 1.4426950408889634
 _ITEM_FIELDS = 6
 _NO_SCORE = -3.0e38
 
@@ -468,7 +468,7 @@ def paged_attention(
         workspace.tiles.data_ptr(),
         workspace.tiles.stride(0) * 4,
         workspace.tiles.shape[0],
-        as_integer(scale * _LOG2_E),
+        as_integer(scale * LOG2_E),
     )
     combine_kernel(
         len(items.split_tokens) * heads,

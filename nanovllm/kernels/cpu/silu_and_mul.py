@@ -6,9 +6,7 @@ import torch
 from numba import types
 
 from nanovllm.kernels.cpu.launch import Kernel, integers, new, next_task, num_tasks
-from nanovllm.kernels.cpu.vectors import exp2, read, rounded, write
-
-_LOG2_E = 1.4426950408889634
+from nanovllm.kernels.cpu.vectors import LOG2_E, exp2, read, rounded, write
 
 
 def _silu_and_mul(arguments: Any) -> None:
@@ -23,7 +21,7 @@ def _silu_and_mul(arguments: Any) -> None:
         up, target = gate + size * width, out + row * size * width
         for i in range(piece * length, min(size, (piece + 1) * length)):
             x = read(gate, i, is_half)
-            silu = rounded(x / (types.float32(1) + exp2(x * types.float32(-_LOG2_E))), is_half)
+            silu = rounded(x / (types.float32(1) + exp2(x * types.float32(-LOG2_E))), is_half)
             write(target, i, is_half, silu * read(up, i, is_half))
         task = next_task(arguments)
 

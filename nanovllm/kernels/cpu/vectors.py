@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 LANES = 16  # 4-byte elements a vector: one AVX-512 register, two of AVX2, four of NEON
 VECTOR_BYTES = 4 * LANES
+LOG2_E = 1.4426950408889634  # e^x is 2^(x log2 e), for which there is ``exp2``
 
 # What numba compiles for: a kind of machine, a processor and its features, such as "+avx2,-avx512f". They are this
 # machine's, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name others.
