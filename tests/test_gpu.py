@@ -215,6 +215,18 @@ class TestMemory:
             metrics = llm.get_metrics()
         assert 0 < metrics["kvcache_bytes"] <= 0.5 * torch.cuda.get_device_properties(0).total_memory
 
+    def test_what_another_engine_of_the_process_holds_is_not_taken_from_a_share(self, checkpoint: Path) -> None:
+        share = 0.02
+        with open_llm(checkpoint) as llm:
+            metrics = llm.get_metrics()
+        total = torch.cuda.get_device_properties(0).total_memory
+        blocks = int(1.5 * share * total) // (metrics["kvcache_bytes"] // metrics["num_kvcache_blocks"])
+        with (
+            open_llm(checkpoint, num_kvcache_blocks=blocks),
+            open_llm(checkpoint, num_kvcache_blocks=None, gpu_memory_utilization=share) as second,
+        ):
+            assert 0 < second.get_metrics()["kvcache_bytes"] <= share * total
+
     def test_a_cache_that_does_not_fit_is_refused_with_the_number_that_does(self, checkpoint: Path) -> None:
         with pytest.raises(ValueError, match=r"num_kvcache_blocks is 1099511627776: .* at most \d+ blocks fit"):
             open_llm(checkpoint, num_kvcache_blocks=1 << 40)

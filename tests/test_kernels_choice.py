@@ -12,6 +12,7 @@ import torch
 
 from nanovllm import LLM, kernels
 from nanovllm.attention import AttentionSpec, select_backend
+from nanovllm.utils import transfer
 from nanovllm.utils.transfer import HostCopy, to_device
 from tools import compile_kernels
 
@@ -175,6 +176,43 @@ def test_the_probe_launches() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("most_pinned", [1000, 0], ids=["pinned", "left on the device"])
+def test_a_copy_waits_for_what_was_queued_before_it(most_pinned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA: whoever waits may be on another stream than the copy."""
+    events: list[str] = []
+
+    class Event:
+        def record(self, stream: object) -> None:
+            events.append("recorded")
+
+        def synchronize(self) -> None:
+            events.append("waited for")
+
+    class OnCuda(torch.Tensor):
+        device = torch.device("cuda")  # type: ignore[assignment]
+
+        def clone(self) -> torch.Tensor:  # type: ignore[override]
+            events.append("copied")
+            return torch.tensor(self.tolist())
+
+    class Pinned(torch.Tensor):
+        def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:  # type: ignore[override]
+            events.append("copied")
+            return self.as_subclass(torch.Tensor).copy_(torch.tensor(source.tolist()))
+
+    monkeypatch.setattr(transfer, "MOST_PINNED", most_pinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options).as_subclass(Pinned)
+    )
+    copy = HostCopy(torch.tensor([1, 2, 3]).as_subclass(OnCuda))
+    assert events == ["copied", "recorded"]
+    assert copy.wait().tolist() == [1, 2, 3]
+    assert events == ["copied", "recorded", "waited for"]
 
 
 def test_copies_keep_their_values_whatever_comes_after_and_whatever_the_default_device() -> None:

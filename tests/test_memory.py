@@ -56,6 +56,19 @@ class TestCudaBudget:
         )
         assert budget == 19 * GIB
 
+    @pytest.mark.parametrize(("held_before", "expected"), [(0, 1), (30, 31), (200, 39)])
+    def test_what_other_engines_of_the_process_hold_is_theirs(
+        self, held_before: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Half a card each: this process holds 38 GiB by now. Less than was held before counts as nothing."""
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: torch.cuda)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (42 * GIB, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 38 * GIB)
+        budget = kv_budget(torch.device("cuda"), GIB, 0.5, held_before * GIB)
+        assert budget == expected * GIB
+
     @pytest.mark.parametrize(("free", "allocated"), [(0, 0), (GIB, 0), (70 * GIB, 75 * GIB)])
     def test_never_negative(self, free: int, allocated: int) -> None:
         assert cuda_kv_budget(80 * GIB, free, allocated, activation_peak=2 * GIB, utilization=0.9) == 0

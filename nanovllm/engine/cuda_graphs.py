@@ -18,6 +18,7 @@ from torch import nn
 
 from nanovllm import kernels
 from nanovllm.attention.base import AttentionBackend, DecodeMetadata
+from nanovllm.config import EngineConfig
 from nanovllm.engine.batch_state import NUM_PARAMS, BatchState
 from nanovllm.utils.garbage import collection_paused
 from nanovllm.utils.transfer import to_device
@@ -36,6 +37,11 @@ def batch_sizes(most: int) -> list[int]:
     """
     sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(288, most + 32, 32)]
     return [*(size for size in sizes if size < most), most]
+
+
+def wants_graphs(config: EngineConfig, device: torch.device, backend: type[AttentionBackend]) -> bool:
+    """Whether decode steps are to be captured in CUDA graphs."""
+    return device.type == "cuda" and backend.can_capture and not config.enforce_eager and kernels.is_enabled("graphs")
 
 
 class CudaCapture:

@@ -11,26 +11,25 @@ from typing import Any
 import torch
 
 from nanovllm import kernels
-from nanovllm.attention import AttentionBackend, AttentionSpec, select_backend
+from nanovllm.attention import AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata
 from nanovllm.attention.cpu import CpuAttention
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput, SamplePlaces, StepInput
-from nanovllm.engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs, batch_sizes
+from nanovllm.engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs, wants_graphs
+from nanovllm.engine.kv_sizing import KVSizing
 from nanovllm.engine.placement import resolve_device, resolve_dtype
 from nanovllm.engine.recorded_steps import RecordedSteps
 from nanovllm.engine.step_handle import DeviceLogprobs, DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
-from nanovllm.layers.embed_head import rows_per_rank
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import Int8Weight, pack_weights
-from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.sampler import Sampler, SamplingRows, ShardedSampler
 from nanovllm.models.registry import get_model_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils import huge_pages
 from nanovllm.utils.loader import load_weights
-from nanovllm.utils.memory import MPS_DEFAULT_BLOCKS, free_memory, is_out_of_memory, kv_budget, memory_summary
+from nanovllm.utils.memory import free_memory, held_memory, is_out_of_memory, memory_summary
 from nanovllm.utils.model_config import ModelConfig
 from nanovllm.utils.threads import ThreadLimit
 from nanovllm.utils.transfer import settle_mps
@@ -40,9 +39,6 @@ logger = logging.getLogger(__name__)
 # Most tokens of a step on the CPU: with more, the activations no longer fit the caches. 2,528 prompt tokens of
 # Qwen3-0.6B in bfloat16 took 7.3 s in steps of 512 and 8.6 s in one (2 Zen 4 cores).
 CPU_STEP_TOKENS = 512
-
-# What captured steps take besides their static buffers and activations: what the driver keeps of each.
-BYTES_PER_GRAPH = 4 << 20
 
 # Rows of logits that exist at a time for the log-probabilities of prompt tokens: 37 MiB at a vocabulary of 151,936.
 PROMPT_LOGIT_ROWS = 64
@@ -132,9 +128,19 @@ class ModelRunner:
             logger.warning(
                 "torch's operators replace the fused kernels on %s, which is slower: %s", self.device, reason
             )
-        # A resident holds at least one block, so more slots than blocks would never be filled.
-        self.num_slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
-        self._check_tables()
+        self.sizing = KVSizing(
+            config,
+            model_config,
+            parallel,
+            self.device,
+            self.dtype,
+            self.max_model_len,
+            self.block_size,
+            self.attention.bytes_per_token(),
+            captures=self._wants_graphs(),
+            held_before=held_memory(self.device),
+        )
+        self.sizing.check_tables()
         started = time.perf_counter()
         try:
             self.model = model_class(model_config, self.max_model_len, parallel, self.dtype, self.device)
@@ -161,7 +167,7 @@ class ModelRunner:
         self.max_step_tokens = min(budget, CPU_STEP_TOKENS) if self.device.type == "cpu" else budget
         self.num_kvcache_blocks = self._agree(self._size_kv_cache())
         self.attention.allocate_cache(self.num_kvcache_blocks)
-        self.num_slots = min(self.num_slots, self.num_kvcache_blocks)
+        self.num_slots = min(self.sizing.num_slots, self.num_kvcache_blocks)
         self.batch_state = BatchState(
             self.num_slots, self.max_model_len, self.block_size, self.model_config.vocab_size, self.device
         )
@@ -388,51 +394,9 @@ class ModelRunner:
         """Size of the KV cache."""
         return self.num_kvcache_blocks * self.block_size * self.attention.bytes_per_token()
 
-    def _table_bytes(self) -> int:
-        """Bytes of what is allocated after the KV cache: the batch state, and what captured steps need."""
-        columns = rows_per_rank(self.model_config.vocab_size, self.parallel) if self._wants_graphs() else None
-        return table_bytes(self.num_slots, self.max_model_len, self.block_size, columns, self.dtype)
-
-    def _check_tables(self) -> None:
-        """Refuse lengths whose tables alone do not fit, before anything large is allocated."""
-        rotary_bytes = RotaryEmbedding.num_bytes(self.model_config.head_dim, self.max_model_len)
-        needed, free = self._table_bytes() + rotary_bytes, free_memory(self.device)
-        if needed > free:
-            raise ValueError(
-                f"max_model_len is {self.max_model_len} and max_num_seqs {self.config.max_num_seqs}: their tables take "
-                f"{needed:,} bytes, and {free:,} are free on {self.device} (lower one of them)"
-            )
-
     def _size_kv_cache(self) -> int:
-        """Blocks of the KV cache: as told, else what memory and the largest possible need allow."""
-        block_bytes = self.block_size * self.attention.bytes_per_token()
-        if self.config.num_kvcache_blocks is not None:
-            wanted = self.config.num_kvcache_blocks
-            free = max(0, free_memory(self.device) - self._table_bytes())
-            if self.device.type == "cpu":  # the ranks share the memory
-                free //= self.parallel.size
-            if wanted * block_bytes > free:
-                raise ValueError(
-                    f"num_kvcache_blocks is {wanted}: at {block_bytes:,} bytes each they take {wanted * block_bytes:,} "
-                    f"bytes, and {free:,} are free on {self.device}; at most {free // block_bytes} blocks fit"
-                )
-            return wanted
-        peak = self._profile_activations() if self.device.type == "cuda" else 0
-        captured = captured_activations(peak, self.num_slots, self.config) if self._wants_graphs() else 0
-        budget = kv_budget(self.device, peak + captured + self._table_bytes(), self.config.gpu_memory_utilization)
-        if self.device.type == "cpu":
-            budget //= self.parallel.size
-        num_blocks = cache_blocks(
-            budget, block_bytes, self.config.max_num_seqs, self.max_model_len, self.block_size, self.device
-        )
-        if num_blocks < 1:
-            raise ValueError(
-                f"no memory is left for the KV cache on {self.device}: a block of {self.block_size} tokens takes "
-                f"{block_bytes:,} bytes and {max(0, budget):,} may be used (free memory, lower "
-                "max_num_batched_tokens, max_num_seqs or max_model_len, raise gpu_memory_utilization on CUDA, or set "
-                "num_kvcache_blocks)"
-            )
-        return num_blocks
+        """Blocks of the KV cache."""
+        return self.sizing.num_blocks(self._profile_activations)
 
     @torch.inference_mode()
     def _profile_activations(self) -> int:
@@ -440,7 +404,7 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         logits = self.run_without_cache(self.config.max_num_batched_tokens)
-        self.sampler(logits, worst_case_sampling(logits))
+        self.sampler(logits, SamplingRows.worst_case(len(logits), self.device))
         torch.cuda.current_stream(self.device).synchronize()
         return torch.cuda.max_memory_allocated(self.device) - before
 
@@ -455,52 +419,6 @@ class ModelRunner:
         hidden = self.model(torch.zeros_like(positions), positions, self.attention.begin_step(metadata))
         rows = min(self.config.max_num_seqs, num_tokens)
         return self.model.compute_logits(hidden[:rows])
-
-
-def wants_graphs(config: EngineConfig, device: torch.device, backend: type[AttentionBackend]) -> bool:
-    """Whether decode steps are to be captured in CUDA graphs."""
-    return device.type == "cuda" and backend.can_capture and not config.enforce_eager and kernels.is_enabled("graphs")
-
-
-def table_bytes(num_slots: int, max_model_len: int, block_size: int, columns: int | None, dtype: torch.dtype) -> int:
-    """Bytes of the batch state, and with the ``columns`` of a rank's logits what captured steps need besides."""
-    tables = BatchState.num_bytes(num_slots, max_model_len, block_size)
-    if columns is None:
-        return tables
-    buffers = DecodeGraphs.num_bytes(num_slots, columns, dtype)
-    return tables + buffers + BYTES_PER_GRAPH * len(batch_sizes(num_slots))
-
-
-def captured_activations(peak: int, num_slots: int, config: EngineConfig) -> int:
-    """Bytes of the activations that captured steps keep: those of the largest, a row a slot.
-
-    ``peak`` is what a step of ``max_num_batched_tokens`` takes.
-    """
-    return min(2 * peak * num_slots // config.max_num_batched_tokens, peak)
-
-
-def cache_blocks(
-    budget: int, block_bytes: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
-) -> int:
-    """KV blocks that ``budget`` bytes hold, and that the largest possible need asks for."""
-    num_blocks = min(budget // block_bytes, max_num_seqs * -(-max_model_len // block_size))
-    return min(num_blocks, MPS_DEFAULT_BLOCKS) if device.type == "mps" else num_blocks
-
-
-def worst_case_sampling(logits: torch.Tensor) -> SamplingRows:
-    """Parameters that make sampling from ``logits`` [rows, vocab_size] take the most memory."""
-    rows, device = logits.shape[0], logits.device
-    return SamplingRows(
-        temperature=torch.ones(rows, device=device),
-        top_k=torch.zeros(rows, dtype=torch.int64, device=device),
-        top_p=torch.full((rows,), 0.9, device=device),
-        keys=torch.zeros(rows, 2, dtype=torch.int32, device=device),
-        positions=torch.zeros(rows, dtype=torch.int64, device=device),
-        all_greedy=False,
-        any_greedy=False,
-        any_truncated=True,
-        any_unbounded=True,
-    )
 
 
 # torch.inference_mode is Python, and interrupted on its way out it leaves the caller's thread in that mode. The guard

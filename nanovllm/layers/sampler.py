@@ -70,6 +70,21 @@ class SamplingRows:
     min_p: torch.Tensor | None = None
     any_unbounded: bool = False
 
+    @classmethod
+    def worst_case(cls, rows: int, device: torch.device) -> "SamplingRows":
+        """What takes the most memory to sample by."""
+        return cls(
+            temperature=torch.ones(rows, device=device),
+            top_k=torch.zeros(rows, dtype=torch.int64, device=device),
+            top_p=torch.full((rows,), 0.9, device=device),
+            keys=torch.zeros(rows, 2, dtype=torch.int32, device=device),
+            positions=torch.zeros(rows, dtype=torch.int64, device=device),
+            all_greedy=False,
+            any_greedy=False,
+            any_truncated=True,
+            any_unbounded=True,
+        )
+
 
 class Sampler(nn.Module):
     """Samples a token id for each row of logits. Where that is not on the CPU, the host waits for nothing.

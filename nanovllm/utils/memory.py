@@ -35,15 +35,15 @@ def peak_cpu_memory() -> int:
 def cuda_kv_budget(total: int, free: int, allocated: int, activation_peak: int, utilization: float) -> int:
     """KV cache bytes on a CUDA device.
 
-    Only our own use counts against our share, so that another process on the device does not shrink it further than
-    the memory it really takes.
+    Only the engine's own use counts against its share, so that another one on the device does not shrink it further
+    than the memory it really takes.
 
     Args:
         total: The device's memory in bytes.
-        free: What is free on it now, with this process's weights loaded.
-        allocated: What this process holds (weights).
+        free: What is free on it now, with the engine's weights loaded.
+        allocated: What the engine holds (weights).
         activation_peak: What a worst-case step takes on top of that.
-        utilization: Share of ``total`` this process may use.
+        utilization: Share of ``total`` the engine may use.
     """
     ours = int(total * utilization) - allocated - activation_peak
     return max(0, min(ours, free - activation_peak))
@@ -73,13 +73,28 @@ def memory_summary(device: torch.device) -> str:
     return f"{free:,} of {total:,} bytes are free, this process holds {held:,}"
 
 
-def kv_budget(device: torch.device, needed: int, utilization: float) -> int:
-    """KV cache bytes that fit ``device`` now, once ``needed`` bytes are left for everything else."""
+def held_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that this process holds now, once it has given back what it does not use; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+def kv_budget(device: torch.device, needed: int, utilization: float, held_before: int = 0) -> int:
+    """KV cache bytes that fit ``device`` now, once ``needed`` bytes are left for everything else.
+
+    Args:
+        device: Where the weights are loaded.
+        needed: Bytes of tables and activations.
+        utilization: Share of a CUDA device that an engine may use.
+        held_before: What this process held of that before the engine began: other engines'.
+    """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-        torch.cuda.empty_cache()
+        held = max(0, held_memory(device) - held_before)
         free, total = torch.cuda.mem_get_info(device)
-        return cuda_kv_budget(total, free, torch.cuda.memory_reserved(device), needed, utilization)
+        return cuda_kv_budget(total, free, held, needed, utilization)
     if device.type == "mps":
         return int(MPS_SHARE * max(0, free_memory(device) - needed))
     return int(CPU_SHARE * max(0, free_memory(device) - needed))

@@ -48,12 +48,12 @@ class HostCopy:
         self._event: Any = None
         if tensor.device.type == "mps" and tensor.numel():
             self._host, self._event = _in_transit.fetch(tensor)
-        elif tensor.device.type == "cuda" and tensor.nbytes > MOST_PINNED:
-            self._host = tensor.clone()
         elif tensor.device.type == "cuda":
-            # device: the caller may have set another default
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
+            if tensor.nbytes > MOST_PINNED:
+                self._host = tensor.clone()
+            else:  # device: the caller may have set another default
+                self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+                self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
         else:

@@ -9,13 +9,8 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.diagnostics.inspect.findings import Findings
 from nanovllm.diagnostics.inspect.support import Placement, model_without_memory, place
-from nanovllm.engine.model_runner import (
-    cache_blocks,
-    captured_activations,
-    table_bytes,
-    wants_graphs,
-)
-from nanovllm.layers.embed_head import rows_per_rank
+from nanovllm.engine.cuda_graphs import wants_graphs
+from nanovllm.engine.kv_sizing import KVSizing
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import PackableProduct
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -131,40 +126,42 @@ def _memory(name: str, weights: int, per_token: int, length: int) -> DtypeMemory
 
 
 def _capacity(config: EngineConfig, model: ModelConfig, placement: Placement, weights: int) -> Capacity:
-    """As the model runner sizes its cache once the weights are loaded (``ModelRunner._size_kv_cache``)."""
+    """As the model runner sizes its cache once the weights are loaded."""
     device, dtype, block_size = placement.device, placement.dtype, placement.spec.block_size
     assert block_size is not None
-    parallel = ParallelGroup(0, config.tensor_parallel_size)
-    slots = min(config.max_num_seqs, config.num_kvcache_blocks or config.max_num_seqs)
-    length, captures = placement.max_model_len, wants_graphs(config, device, placement.backend)
-    columns = rows_per_rank(model.vocab_size, parallel) if captures else None
-    tables = table_bytes(slots, length, block_size, columns, dtype)
+    length = placement.max_model_len
+    sizing = KVSizing(
+        config,
+        model,
+        ParallelGroup(0, config.tensor_parallel_size),
+        device,
+        dtype,
+        length,
+        block_size,
+        placement.spec.bytes_per_token(),
+        captures=wants_graphs(config, device, placement.backend),
+    )
     activations = estimated_activations(config, model, dtype) if device.type == "cuda" else 0
-    if captures:
-        activations += captured_activations(activations, slots, config)
-    free = free_memory(device)
+    needed, free = sizing.beside_cache(activations), free_memory(device)
     # Rotary tables are allocated with the weights. Ranks on the CPU take their weights of the same memory.
     loaded = weights + RotaryEmbedding.num_bytes(model.head_dim, length)
-    loaded *= parallel.size if device.type == "cpu" else 1
-    budget = _budget(device, loaded, activations + tables, config.gpu_memory_utilization)
-    if device.type == "cpu":
-        budget //= parallel.size
-    block_bytes = block_size * placement.spec.bytes_per_token()
-    possible = cache_blocks(budget, block_bytes, config.max_num_seqs, length, block_size, device)
-    blocks = max(0, possible) if config.num_kvcache_blocks is None else config.num_kvcache_blocks
+    loaded *= config.tensor_parallel_size if device.type == "cpu" else 1
+    budget = sizing.share(_budget(device, loaded, needed, config.gpu_memory_utilization))
+    asked = config.num_kvcache_blocks
+    blocks = max(0, sizing.blocks_within(budget)) if asked is None else asked
     return Capacity(
         device=str(device),
         dtype=_name(dtype),
         free_bytes=free,
         weight_bytes=weights,
-        table_bytes=tables,
-        activation_bytes=activations,
+        table_bytes=sizing.table_bytes(),
+        activation_bytes=needed - sizing.table_bytes(),
         kv_bytes=budget,
         block_size=block_size,
         num_blocks=blocks,
         num_tokens=blocks * block_size,
         num_full_sequences=blocks // -(-length // block_size),
-        limit="memory" if blocks == budget // block_bytes else "need",
+        limit="memory" if blocks == budget // sizing.block_bytes else "need",
     )
 
 
@@ -173,8 +170,7 @@ def _budget(device: torch.device, loaded: int, needed: int, utilization: float) 
     if device.type != "cuda":
         return kv_budget(device, loaded + needed, utilization)
     free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device)
-    return cuda_kv_budget(total, free - loaded, held + loaded, needed, utilization)
+    return cuda_kv_budget(total, free - loaded, loaded, needed, utilization)
 
 
 def estimated_activations(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
