@@ -65,7 +65,7 @@ def open_captured(checkpoint: Path, capture: cuda_graphs.Capture = call_again, *
         patch.object(model_runner, "CudaCapture", lambda: capture),
     ):
         llm = open_llm(checkpoint, attention_backend="triton", **limits)
-    llm.engine.runner.draws_apart = True
+    llm.engine.runner.drawing.apart = True
     return llm
 
 
@@ -262,7 +262,7 @@ def test_parameters_are_gathered_only_of_rows_that_are_drawn_apart(
     )
     with open_llm(tiny_checkpoint) as llm:
         expected = tokens_of(llm, [plain, bounded, plain], PROMPTS[:3])
-        llm.engine.runner.draws_apart = True
+        llm.engine.runner.drawing.apart = True
         gathered.clear()
         collected.clear()
         tokens_of(llm, plain, PROMPTS[:3])

@@ -115,6 +115,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.model_runner": {
         "engine.batch_state",
         "engine.cuda_graphs",
+        "engine.drawing",
         "engine.kv_sizing",
         "engine.placement",
         "engine.recorded_steps",
@@ -125,6 +126,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *MODEL,
         *PLAIN,
     },
+    "engine.drawing": {"engine.batch_state", "engine.step_handle", *MODEL},
     "engine.kv_sizing": {"engine.batch_state", "engine.cuda_graphs", "config", *MODEL},
     "engine.placement": {*MODEL},
     "engine.recorded_steps": {"attention", "kernels.cpu"},

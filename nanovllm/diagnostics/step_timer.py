@@ -203,9 +203,9 @@ def _watch_model(watch: Callable[[str, Any, str], None], runner: Any) -> None:
         watch("mlp activation", mlp.activation, "forward")
         watch("mlp down", mlp.down_proj, "forward")
     watch("lm_head", model, "compute_share")
-    watch("sampling", runner, "_draw")
+    watch("sampling", runner.drawing, "_draw_whole")
     watch("sampling", runner.plain_sampler, "forward")
-    watch("sampling", runner, "_sample_special")
+    watch("sampling", runner.drawing, "draw_again")
 
 
 def _waiter(device: torch.device | None) -> Callable[[], None]:

@@ -15,12 +15,13 @@ from nanovllm.attention import AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata
 from nanovllm.attention.cpu import CpuAttention
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch_state import BatchState, PromptLogprobsInput, SamplePlaces, StepInput
+from nanovllm.engine.batch_state import BatchState, StepInput
 from nanovllm.engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs, wants_graphs
+from nanovllm.engine.drawing import Drawing
 from nanovllm.engine.kv_sizing import KVSizing
 from nanovllm.engine.placement import resolve_device, resolve_dtype
 from nanovllm.engine.recorded_steps import RecordedSteps
-from nanovllm.engine.step_handle import DeviceLogprobs, DeviceMemoryError, StepHandle
+from nanovllm.engine.step_handle import DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.product import Int8Weight, pack_weights
@@ -39,9 +40,6 @@ logger = logging.getLogger(__name__)
 # Most tokens of a step on the CPU: with more, the activations no longer fit the caches. 2,528 prompt tokens of
 # Qwen3-0.6B in bfloat16 took 7.3 s in steps of 512 and 8.6 s in one (2 Zen 4 cores).
 CPU_STEP_TOKENS = 512
-
-# Rows of logits that exist at a time for the log-probabilities of prompt tokens: 37 MiB at a vocabulary of 151,936.
-PROMPT_LOGIT_ROWS = 64
 
 
 class ModelRunner:
@@ -80,9 +78,7 @@ class ModelRunner:
         self.recorded: RecordedSteps | None = None
         self._logits: torch.Tensor | None = None
         # Whether the device runs behind the host, which must then wait for nothing on the way of a step.
-        runs_behind = self.device.type in ("cuda", "mps")
-        # Whether rows that ask for more than a temperature are drawn by themselves. The CPU draws row by row anyway.
-        self.draws_apart = runs_behind or parallel.size > 1
+        self._runs_behind = self.device.type in ("cuda", "mps")
         # One at a time: profiling, and what others capture, disturb each other.
         lock = _construction if self._stream is not None else nullcontext()
         with lock, self._on_device(), self._as_asked():
@@ -102,7 +98,7 @@ class ModelRunner:
                 self.recorded = RecordedSteps(self.model, self.attention, self.num_slots)
             kernels.finish_compiling(self.device)
         # Steps in flight before the results of the first are taken in. The CPU would gain nothing: it is the device.
-        self.overlap_depth = 1 if runs_behind and kernels.is_enabled("overlap") else 0
+        self.overlap_depth = 1 if self._runs_behind and kernels.is_enabled("overlap") else 0
 
     def _load(self) -> None:
         """Choose the attention backend, and load the model."""
@@ -171,6 +167,8 @@ class ModelRunner:
         self.batch_state = BatchState(
             self.num_slots, self.max_model_len, self.block_size, self.model_config.vocab_size, self.device
         )
+        apart = self._runs_behind or self.parallel.size > 1  # the CPU draws row by row anyway
+        self.drawing = Drawing(self.model, self.batch_state, self.sampler, self.plain_sampler, self.parallel, apart)
 
     def warm_up(self) -> None:
         """Run a prompt and a token after it in each way of sampling: kernels are compiled at their first use."""
@@ -251,18 +249,14 @@ class ModelRunner:
         step = state.step_input(plan)
         rows = None if step.prompt_logprobs else step.hidden_rows
         hidden = self._forward(step, rows)
-        prompt_logprobs = {row.row: self._prompt_logprobs(hidden, row) for row in step.prompt_logprobs}
+        prompt_logprobs = {row.row: self.drawing.prompt_logprobs(hidden, row) for row in step.prompt_logprobs}
         places = step.places
         if places is None:
             return StepHandle(None, prompt_logprobs=prompt_logprobs)
         if rows is None:
             hidden = hidden.index_select(0, step.hidden_rows)  # no other rows have logits
         logits = self.model.compute_share(hidden, self._logits_buffer(len(hidden)))
-        if not self.draws_apart:
-            return StepHandle(*self._draw(logits, places), prompt_logprobs)
-        tokens = self.plain_sampler(logits, state.plain_rows(state.params[places.slot_index], places.positions))
-        state.write(places, tokens)
-        return self._sample_special(tokens, logits, places.slots, places.longest, prompt_logprobs)
+        return self.drawing.draw(logits, places, prompt_logprobs)
 
     def _forward(self, step: StepInput, rows: torch.Tensor | None) -> torch.Tensor:
         """Hidden states of a step's tokens, or of those that ``rows`` int64 [n] names in ascending order."""
@@ -290,62 +284,7 @@ class ModelRunner:
     def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> StepHandle:
         """A decode step in one piece."""
         tokens, logits = graphs.replay(plan.slots)
-        return self._sample_special(tokens, logits, plan.slots, max(plan.starts) + 1, {})
-
-    def _sample_special(
-        self,
-        tokens: torch.Tensor,
-        logits: torch.Tensor,
-        slots: list[int],
-        longest: int,
-        prompt_logprobs: dict[int, tuple[int, list[DeviceLogprobs]]],
-    ) -> StepHandle:
-        """Draw again for the rows that ask for more than a temperature, by which all ``tokens`` were drawn.
-
-        The others keep what they have: their draws depend on no other row, and cost what they always cost.
-        """
-        state = self.batch_state
-        special = state.special_rows(slots)
-        if special is None:
-            return StepHandle(tokens, prompt_logprobs=prompt_logprobs)
-        positions = state.num_computed[special.slot_index].long()  # by now, those of the sampled tokens
-        places = SamplePlaces(special.slots, special.slot_index, positions, longest)
-        whole = self.model.whole_logits(logits[special.index]).float()
-        if self.parallel.rank == 0:  # a request's own callables are called once
-            drawn, errors, logprobs = self._draw(whole, places)
-            self.parallel.broadcast(drawn)
-        else:
-            drawn, errors, logprobs = self.parallel.broadcast(torch.empty_like(special.index)), {}, None
-            state.write(places, drawn)
-        tokens[special.index] = drawn.to(tokens.dtype)
-        return StepHandle(
-            tokens,
-            {special.rows[row]: error for row, error in errors.items()},
-            None if logprobs is None else ([special.rows[row] for row in logprobs[0]], logprobs[1]),
-            prompt_logprobs,
-        )
-
-    def _draw(
-        self, logits: torch.Tensor, places: SamplePlaces
-    ) -> tuple[torch.Tensor, dict[int, str], tuple[list[int], DeviceLogprobs] | None]:
-        """Draw tokens from float32 logits [sampling rows, vocab_size], which are changed.
-
-        Returns:
-            The tokens, what went wrong by row, and the rows that ask for log-probabilities with these.
-        """
-        state = self.batch_state
-        sample = state.sample_input(places)
-        asking = sample.asking
-        raw = None if asking is None else logits[asking]  # a copy: what follows changes the logits
-        errors = state.rules.apply(
-            logits, places.slots, places.slot_index, places.positions, places.longest, state.token_ids
-        )
-        tokens = self.sampler(logits, sample.rows)
-        state.append(places, tokens)
-        if raw is None or asking is None:
-            return tokens, errors, None
-        computed = DeviceLogprobs.compute(raw, tokens[asking], list(sample.logprobs.values()))
-        return tokens, errors, (list(sample.logprobs), computed)
+        return self.drawing.draw_again(tokens, logits, plan.slots, max(plan.starts) + 1, {})
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Where this runner does everything, construction included: its stream on CUDA, its threads on the CPU."""
@@ -359,16 +298,6 @@ class ModelRunner:
             return torch.autocast(self.device.type, enabled=False)
         return nullcontext()
 
-    def _prompt_logprobs(self, hidden: torch.Tensor, row: PromptLogprobsInput) -> tuple[int, list[DeviceLogprobs]]:
-        """Log-probabilities of a row's prompt tokens, a few at a time."""
-        pieces = []
-        hidden_pieces = hidden[row.hidden_rows].split(PROMPT_LOGIT_ROWS)
-        for some, targets in zip(hidden_pieces, row.targets.split(PROMPT_LOGIT_ROWS), strict=True):
-            logits = self.model.compute_logits(some)
-            if self.parallel.rank == 0:
-                pieces.append(DeviceLogprobs.compute(logits, targets, [row.num_logprobs] * len(targets)))
-        return row.first, pieces
-
     def close(self) -> None:
         """Free the model, the KV cache and the batch state. Nothing can be run afterwards."""
         if self._stream is not None:
@@ -377,7 +306,7 @@ class ModelRunner:
         self.graphs = self.recorded = self._logits = None
         if self.device.type == "mps":
             settle_mps()
-        del self.model, self.attention, self.batch_state, self.sampler, self.plain_sampler
+        del self.model, self.attention, self.batch_state, self.drawing, self.sampler, self.plain_sampler
         if self.device.type == "mps":
             torch.mps.empty_cache()
         if self._stream is not None:
