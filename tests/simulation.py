@@ -8,8 +8,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import nanovllm
+from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import AdmissionPolicy, Scheduler
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
@@ -282,7 +283,7 @@ class Simulation:
     def _check(self, plan: StepPlan) -> None:
         assert 0 < plan.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
-        if not self.scheduler.policy.mixed and plan.num_prefill_tokens:
+        if not self.scheduler.gathering.policy.mixed and plan.num_prefill_tokens:
             assert plan.num_prefill_tokens == plan.num_tokens, "a prompt shares its step"
         # Apart from the tokens of those that enter, a plan holds a few numbers a row, however long the contexts are.
         assert len(plan.released) <= self.scheduler.max_num_seqs

@@ -65,6 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.calls": {"engine.llm_engine", "engine.request", *PLAIN},
     "engine.intake": {"engine.prompts", "engine.request", "engine.scheduler", "engine.tokenizer", *PLAIN},
     "engine.llm_engine": {
+        "engine.admission",
         "engine.intake",
         "engine.scheduler",
         "engine.block_manager",
@@ -83,7 +84,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *PLAIN,
     },
     "engine.prompts": PLAIN,
-    "engine.scheduler": {"engine.block_manager", "engine.sequence", "engine.step_plan", *PLAIN},
+    "engine.admission": set(),
+    "engine.scheduler": {"engine.admission", "engine.block_manager", "engine.sequence", "engine.step_plan", *PLAIN},
     "engine.block_manager": {"engine.sequence", *PLAIN},
     "engine.request": {"engine.sequence", "engine.step_plan", "engine.detokenizer", *PLAIN},
     "engine.metrics": {"engine.sequence", "engine.step_plan"},

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nanovllm.engine.scheduler import AdmissionPolicy
+from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step_plan import StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager, scheduler
-from nanovllm.engine.scheduler import AdmissionPolicy
+from nanovllm.engine.admission import AdmissionPolicy
 from tests.simulation import VOCAB_SIZE, Simulation
 
 SCHEDULES = 1000  # with COLLIDING: the number of generated schedules

@@ -22,7 +22,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS
 from nanovllm.benchmarks import bench
 from nanovllm.diagnostics.device_trace import device_usage, profiled_events
-from nanovllm.engine.scheduler import AdmissionPolicy
+from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.step_handle import StepHandle
 from nanovllm.kernels import DISABLE_VARIABLE
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint
@@ -152,12 +152,12 @@ def check_many(check: Check) -> None:
     standard = check.earlier.get("standard", {}).get("output_tokens_per_second")
 
     def run(chosen: bench.Requests, policy: AdmissionPolicy) -> Result:
-        scheduler.policy = policy
+        scheduler.gathering.policy = policy
         result = measure_runs(check, engine, chosen, 1)
         return result | ({"of_standard": result["output_tokens_per_second"] / standard} if standard else {})
 
     try:
-        default = scheduler.policy
+        default = scheduler.gathering.policy
         check.note("default policy", str(default))
         check.part(f"{many}, default", run, draw(check, many), default)
         for name, policy in policies.items():

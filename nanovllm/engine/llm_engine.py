@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.intake import Intake, default_sampling_params
 from nanovllm.engine.metrics import Counters, percentiles
@@ -19,7 +20,7 @@ from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.placement import resolve_device
 from nanovllm.engine.prompts import Prompt
 from nanovllm.engine.request import LostRequest, Owner, PreparedRequest, Request
-from nanovllm.engine.scheduler import AdmissionPolicy, Scheduler
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_handle import DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import StepPlan

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from nanovllm.engine.admission import AdmissionPolicy, Gathering
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step_plan import SlotEntry, StepPlan, StepResult
@@ -24,24 +25,6 @@ HEADROOM_TOKENS = 16
 MIN_STEP_TOKENS = 256
 # Preemptions are warned of, once, when there have been so many and one for so many admissions.
 MANY_PREEMPTIONS, ADMISSIONS_EACH = 16, 8
-
-
-@dataclass(frozen=True, slots=True)
-class AdmissionPolicy:
-    """When waiting sequences join those that run.
-
-    Where a step that only decodes is much cheaper than one with a prompt in it (a captured graph), it pays to let a
-    few slots fall vacant and fill them together.
-
-    Args:
-        vacancies: Sequences that end first once slots or blocks have run out, or as many as wait.
-        patience: Steps to wait for that at most.
-        mixed: Whether a step may hold prompts and decoding sequences; else prompts go first, by themselves.
-    """
-
-    vacancies: int = 1
-    patience: int = 32
-    mixed: bool = True
 
 
 @dataclass(slots=True)
@@ -78,7 +61,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_running = max_num_seqs  # lower than the number of slots once a step was too large for the device
         self._full_limits = max_num_batched_tokens, max_num_seqs
-        self.policy = policy or AdmissionPolicy()
+        self.gathering = Gathering(policy or AdmissionPolicy())
         self.waiting: deque[Sequence] = deque()  # by arrival; all are younger than any in ``running``
         self.running: list[Sequence] = []  # by arrival
         self.num_preemptions = 0
@@ -87,10 +70,6 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
         self._released: list[int] = []  # slots to name in the next plan
-        # Since slots or blocks ran out while somebody waited: until enough sequences have ended, or it took too long.
-        self._is_gathering = False
-        self._num_ended = 0
-        self._num_steps_gathering = 0
         # The head of the queue that did not fit, and how many blocks it could share: it is not asked again before
         # somebody gives blocks back, or publishes the next one that it could share.
         self._refused: tuple[Sequence, int] | None = None
@@ -119,13 +98,13 @@ class Scheduler:
         rows: list[Sequence] = []
         budget = self.max_num_batched_tokens
         num_preempted = self.num_preemptions
-        if self.policy.mixed:
+        if self.gathering.policy.mixed:
             budget = self._continue(plan, rows, budget)
         else:
             budget = self._continue(plan, rows, budget, only_prefills=True)
         if self.num_preemptions == num_preempted and self._may_admit():
             self._admit(plan, rows, budget)
-        if not rows and not self.policy.mixed:
+        if not rows and not self.gathering.policy.mixed:
             self._continue(plan, rows, budget)
         if not rows:
             return None
@@ -215,7 +194,7 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._vacate(seq)
-            self._num_ended += 1
+            self.gathering.note_ended()
         elif seq in self.waiting:  # compared by identity
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
@@ -277,7 +256,7 @@ class Scheduler:
         self._released.clear()
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
         self._refused = None
-        self._is_gathering = False
+        self.gathering.end()
         self.block_manager.release_everything()
 
     def check_integrity(self) -> None:
@@ -301,22 +280,12 @@ class Scheduler:
     def _may_admit(self) -> bool:
         """Whether it is time for waiting sequences to join."""
         if not self.waiting:
-            self._is_gathering = False
+            self.gathering.end()
             return False
         if self._num_vacancies() <= 0:
-            self._gather()
+            self.gathering.begin()
             return False
-        if self._is_gathering:
-            self._num_steps_gathering += 1
-            enough = self._num_ended >= min(self.policy.vacancies, len(self.waiting))
-            late = self._num_steps_gathering > self.policy.patience
-            self._is_gathering = not (enough or late or not self.running)
-        return not self._is_gathering
-
-    def _gather(self) -> None:
-        """Slots or blocks have run out: let several sequences end before others are admitted."""
-        if self.policy.vacancies > 1 and not self._is_gathering:
-            self._is_gathering, self._num_ended, self._num_steps_gathering = True, 0, 0
+        return self.gathering.is_over(len(self.waiting), len(self.running))
 
     def _num_vacancies(self) -> int:
         return self.max_num_running - len(self.running)
@@ -333,7 +302,7 @@ class Scheduler:
             needed = manager.blocks_needed(seq.num_tokens) - len(matched) + headroom
             if self.running and needed > manager.num_allocatable_after(matched):
                 self._refused = (seq, len(matched))
-                self._gather()
+                self.gathering.begin()
                 return
             self.waiting.popleft()
             manager.take_prefix(seq, matched)
