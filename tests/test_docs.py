@@ -238,6 +238,16 @@ def test_the_tree_in_the_architecture_page_names_real_files() -> None:
         assert (ROOT / "nanovllm" / name).exists(), name
 
 
+def test_the_reading_of_an_evening_is_as_long_as_it_says() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    section = page.partition("## Reading it in an evening")[2].partition("\n## ")[0]
+    said = int(re.search(r"about ([\d,]+) lines", section)[1].replace(",", ""))  # type: ignore[index]
+    files = re.findall(r"`([\w/]+\.py)`", section.partition("|---|")[2])
+    lines = sum(len((ROOT / "nanovllm" / name).read_text("utf-8").splitlines()) for name in files)
+    assert len(files) >= 15
+    assert abs(lines - said) < 300, f"{lines} lines"
+
+
 def test_pictures_are_whole_and_ask_nothing_of_the_network() -> None:
     from xml.etree import ElementTree
 
