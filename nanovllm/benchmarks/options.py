@@ -1,4 +1,4 @@
-"""The options of ``bench.py`` and ``nanovllm bench``. Needs no other engine, so that help is given at once."""
+"""The options of ``bench.py`` and ``nanovllm bench``. Imports no engine, so that help is given at once."""
 
 import argparse
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from nanovllm.benchmarks.compare import COMPARED_SHAPE, compared_names
-from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS
+from nanovllm.benchmarks.engine_options import INTEGER_OPTIONS
 from nanovllm.benchmarks.workloads import PRESETS
-from nanovllm.utils.random_checkpoint import SHAPES, default_cache
 from nanovllm.utils.random_requests import Workload, length_range, whole_number
+from nanovllm.utils.random_shapes import SHAPES, default_cache
 
 Value = TypeVar("Value")
 
