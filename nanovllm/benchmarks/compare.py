@@ -232,7 +232,6 @@ def check_comparison(args: argparse.Namespace) -> None:
         "--engine": args.engine != [OURS],
         "--separately": args.separately,
         "--model (use --random-weights)": args.model,
-        "--json (use --out)": args.json,
         "--hf-batch-size": args.hf_batch_size,
         "--quantization (use nanovllm-int8)": args.quantization,
         f"--device {args.device}": args.device not in ("auto", "cpu"),

@@ -21,7 +21,7 @@ EXAMPLES = """\
 {command} --preset mini --random-weights qwen3-0.6b    # a published shape: about half a minute
 {command} --preset mini --random-weights qwen3-0.6b --engine nanovllm,hf --repeats 3
 {command} --random-weights qwen3-0.6b --engine nanovllm,hf-cb --separately
-{command} --model PATH --workload 64:16-64:16-64 --workload 32:1-16:32-32:1024 --json results.json
+{command} --model PATH --workload 64:16-64:16-64 --workload 32:1-16:32-32:1024 --json > results.json
 {command} --random-weights qwen3-0.6b --tensor-parallel-size 2 --engine nanovllm,one-rank
 {command} --preset mini --compare vllm,openvino,llama,hf --peers DIR --repeats 3"""
 TURNS = """\
@@ -90,12 +90,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--engine", type=engine_names, default=["nanovllm"], metavar="NAME[,NAME]", help=engine_help)
     add("--separately", action="store_true", help="close each engine before the next is opened, instead of turns")
     add("--repeats", type=count, default=1, metavar="N", help="report medians (default: 1)")
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write all figures, versions and hardware here; - prints them, and the rest to stderr",
-    )
+    json_help = "print all figures, versions and hardware as JSON, and nothing else, to stdout"
+    add("--json", action="store_true", help=json_help)
     add("--hf-batch-size", type=count, metavar="N", help="(default: all of a workload's requests)")
 
     add = parser.add_argument_group("comparison", "with engines that tools/setup_peers.py has set up").add_argument

@@ -10,6 +10,7 @@ from nanovllm.cli.options import (
     add_sampling_options,
     model_arguments,
     sampling_arguments,
+    sampling_params,
     template_arguments,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
@@ -35,14 +36,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import dataclasses
+    given = sampling_arguments(args)
 
     from nanovllm.batch import BatchJob
     from nanovllm.llm import LLM
-    from nanovllm.sampling_params import SamplingParams
 
-    given = sampling_arguments(args)
-    SamplingParams(**given)  # the files and the parameters are checked before the model is loaded
     try:
         with (
             BatchJob(args.input, args.output, retry_errors=args.retry_errors) as job,
@@ -50,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         ):
             done = job.run(
                 llm,
-                sampling_params=dataclasses.replace(llm.get_default_sampling_params(), **given),
+                sampling_params=sampling_params(llm, given),
                 chat_template_kwargs=template_arguments(args) or None,
                 use_tqdm=not args.no_progress,
             )

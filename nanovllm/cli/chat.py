@@ -12,6 +12,7 @@ from nanovllm.cli.options import (
     add_sampling_options,
     model_arguments,
     sampling_arguments,
+    sampling_params,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
 
@@ -47,17 +48,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import dataclasses
+    given = sampling_arguments(args)
 
     from nanovllm.cli.chat_session import ChatSession
     from nanovllm.llm import LLM
-    from nanovllm.sampling_params import SamplingParams
 
-    given = sampling_arguments(args)
-    SamplingParams(**given)  # checked before the model is loaded
     is_terminal = sys.stdin.isatty()
     with LLM(**model_arguments(args)) as llm:
-        params = dataclasses.replace(llm.get_default_sampling_params(), **{"max_tokens": None, **given})
+        params = sampling_params(llm, {"max_tokens": None, **given})
         session = ChatSession(llm, params, dict(args.chat_template_kwargs or {}), args.system)
         chat = Chat(session, is_terminal)
         if args.think is not None and (refused := chat.think(args.think)):

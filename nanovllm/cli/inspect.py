@@ -1,10 +1,9 @@
 """``nanovllm inspect``: what a checkpoint holds, how the engine understands it, and what is wrong with it."""
 
 import argparse
-import json
 from typing import Any
 
-from nanovllm.cli.options import add_command, add_model_options, model_arguments
+from nanovllm.cli.options import add_command, add_json_option, add_model_options, model_arguments, print_json
 
 
 def add_parser(commands: Any) -> None:
@@ -27,7 +26,7 @@ def add_parser(commands: Any) -> None:
         "can be a problem",
     )
     add("--no-statistics", action="store_true", help="read the tensors' names, dtypes and shapes, not their numbers")
-    add("--json", action="store_true", help="print JSON")
+    add_json_option(parser, "all of it")
     add_model_options(parser, samples=False)
     parser.set_defaults(run=run)
 
@@ -38,5 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     arguments = model_arguments(args)
     found = inspect_checkpoint(arguments.pop("model"), args.section, statistics=not args.no_statistics, **arguments)
-    print(json.dumps(found.to_json(), indent=2) if args.json else render(found))
+    if args.json:
+        print_json(found.to_json())
+    else:
+        print(render(found))
     return 1 if found.problems else 0
