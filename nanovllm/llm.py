@@ -14,6 +14,7 @@ from nanovllm.engine.request import PreparedRequest
 from nanovllm.engine.tokenizer import ChatOptions, as_conversations, check_conversation, render_chat, template_options
 from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.text import counted
 from nanovllm.utils.validation import unknown_argument
 
 if TYPE_CHECKING:  # typing has it from Python 3.11 on
@@ -308,7 +309,8 @@ class LLM:
             prompt_list = prompt_list * len(continuation_list)
         if len(prompt_list) != len(continuation_list):
             raise ValueError(
-                f"there are {len(prompt_list)} prompts and {len(continuation_list)} continuations; give as many, or "
+                f"there are {counted(len(prompt_list), 'prompt')} and "
+                f"{counted(len(continuation_list), 'continuation')}; give as many, or "
                 "one prompt for all"
             )
         engine = self.engine
@@ -462,7 +464,7 @@ def _params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParams 
         )
     if len(sampling_params) != num_prompts:
         raise ValueError(
-            f"there are {num_prompts} prompts and {len(sampling_params)} sampling_params; "
+            f"there are {counted(num_prompts, 'prompt')} and {len(sampling_params)} sampling_params; "
             "give one for each prompt, or a single one for all"
         )
     return list(sampling_params)

@@ -437,12 +437,24 @@ def test_what_the_engine_refuses_gets_one_line(
     assert "abacus" in line
 
 
+def test_a_device_with_a_number_becomes_the_one_whose_memory_is_told(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    for name in ("cpu", "cuda", "cuda:1", "cuda:2"):  # of which the last is not there
+        bench.use_device(name)
+    assert made == [1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 @pytest.mark.parametrize("engine", ["nanovllm", "hf"])
 def test_a_missing_device_gets_one_line(
-    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], engine: str
+    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], engine: str, device: str
 ) -> None:
-    argv = [*tiny, "--workload", "1:4-4:4-4", "--device", "cuda", "--engine", engine]
+    argv = [*tiny, "--workload", "1:4-4:4-4", "--device", device, "--engine", engine]
     assert "cuda" in error_line(bench, capsys, *argv).lower()
 
 

@@ -12,6 +12,7 @@ from nanovllm.cli import main
 from nanovllm.cli.main import COMMANDS
 from nanovllm.cli.options import Parser
 from nanovllm.diagnostics import machine
+from nanovllm.utils.text import counted
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -80,3 +81,8 @@ def test_json_survives_any_console(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert printed.isascii()
     assert json.loads(printed)["outputs"][0]["prompt"] == "caf\u00e9"
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert [counted(number, "token", ",.0f") for number in (1.2, 1234.0)] == ["1 token", "1,234 tokens"]

@@ -67,7 +67,7 @@ def test_an_engine_shows_what_it_does_only_if_asked(tiny_checkpoint: Path, level
     done = run(code, level)
     assert done.stdout == ""
     asked = int(level is not None)
-    for part in ("attention backend", "loaded ", "3 tokens of 1 sequences", "1 tokens of 1 sequences"):
+    for part in ("attention backend", "loaded ", "3 tokens of 1 sequence;", "1 token of 1 sequence;"):
         assert sum(part in line for line in done.stderr.splitlines()) == asked
 
 

@@ -1,18 +1,15 @@
 """The options of ``bench.py`` and ``nanovllm bench``. Imports no engine, so that help is given at once."""
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from nanovllm.benchmarks.compare import COMPARED_SHAPE, compared_names
 from nanovllm.benchmarks.engine_options import INTEGER_OPTIONS
 from nanovllm.benchmarks.workloads import PRESETS
+from nanovllm.utils.options import add_device_option, told
 from nanovllm.utils.random_requests import Workload, length_range, whole_number
 from nanovllm.utils.random_shapes import SHAPES, default_cache
-
-Value = TypeVar("Value")
 
 ENGINE_NAMES = ("nanovllm", "one-rank", "hf", "hf-cb")
 SUMMARY = "output tokens a second on random token ids, every request run to its full length"
@@ -38,18 +35,6 @@ def engine_names(text: str) -> list[str]:
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} names an engine twice")
     return names
-
-
-def told(parse: Callable[[str], Value]) -> Callable[[str], Value]:
-    """``parse`` as an option's type: argparse shows the message of an ArgumentTypeError, but not a ValueError's."""
-
-    def parsed(text: str) -> Value:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parsed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--weights-cache", type=Path, default=default_cache(), metavar="DIR", help=cache_help)
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add_device_option(group)
 
     add = parser.add_argument_group("run").add_argument
     engine_help = (

@@ -15,6 +15,7 @@ from nanovllm.cli.options import (
     sampling_params,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
     from nanovllm.cli.chat_session import ChatSession
@@ -134,7 +135,7 @@ class Chat:
             return
         kept = len(self.session.history) > known
         if len(self.session.turns) > turns and self.session.turns[-1].finish_reason == "length":
-            print(f"(cut off after {self.session.turns[-1].output_tokens} tokens: {self._why_cut()})")
+            print(f"(cut off after {counted(self.session.turns[-1].output_tokens, 'token')}: {self._why_cut()})")
         if not kept:
             print("(no answer: the conversation goes on as if this had not been asked)")
 
@@ -226,13 +227,14 @@ class Chat:
         prompts = sum(one.prompt_tokens for one in session.turns)
         found = sum(one.cached_tokens or 0 for one in session.turns)
         metrics = session.llm.get_metrics()
-        blocks = f"{metrics['num_kvcache_blocks']} KV blocks of {metrics['kvcache_block_size']} tokens"
+        blocks = f"{counted(metrics['num_kvcache_blocks'], 'KV block')} of {metrics['kvcache_block_size']} tokens"
         return (
-            f"last turn     {turn.prompt_tokens} prompt tokens ({cached}) + {turn.output_tokens} output tokens in "
+            f"last turn     {counted(turn.prompt_tokens, 'prompt token')} ({cached}) + "
+            f"{counted(turn.output_tokens, 'output token')} in "
             f"{turn.seconds:.2f} s ({speed:.0f} output tok/s){first}; ended: {turn.finish_reason}\n"
-            f"all {len(session.turns)} turns   {prompts} prompt tokens, {found} of them "
+            f"all {counted(len(session.turns), 'turn')}   {counted(prompts, 'prompt token')}, {found} of them "
             f"({100 * found / max(prompts, 1):.0f}%) from the cache; "
-            f"{sum(one.output_tokens for one in session.turns)} output tokens\n"
-            f"room          {len(session.history) // 2} turns are remembered; "
+            f"{counted(sum(one.output_tokens for one in session.turns), 'output token')}\n"
+            f"room          remembered: {counted(len(session.history) // 2, 'turn')}; "
             f"the last took {turn.prompt_tokens + turn.output_tokens} of {limit} tokens; {blocks}"
         )

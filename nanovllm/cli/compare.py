@@ -13,6 +13,7 @@ from nanovllm.cli.options import (
     print_json,
     read_text,
 )
+from nanovllm.utils.options import add_device_option
 
 # A comparison needs room for one prompt, not for all of a machine's memory.
 DEFAULT_MAX_NUM_SEQS = 4
@@ -35,7 +36,8 @@ def add_parser(commands: Any) -> None:
     add("--prompt-file", metavar="FILE", help="the prompt is this file's text")
     add("--token-ids", metavar="IDS", help="the prompt is these token ids, as in 12,7,30")
     add("--max-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (default: 16)")
-    add = parser.add_argument_group("what to compare").add_argument
+    group = parser.add_argument_group("what to compare")
+    add = group.add_argument
     add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of LLM, such as dtype=bfloat16")
     add(
         "--against",
@@ -43,7 +45,7 @@ def add_parser(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="compare with these settings (none: as it is), not transformers",
     )
-    add("--reference-device", default="cpu", metavar="DEVICE", help="where transformers runs (default: cpu)")
+    add_device_option(group, "--reference-device", "cpu", "where transformers runs: ")
     add("--tolerance", type=float, metavar="X", help="of log-probabilities, with --against (default: by dtype)")
     add("--verbose", action="store_true", help="show every operation, weight and position")
     add_json_option(parser, "everything")

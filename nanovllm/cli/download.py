@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from nanovllm.cli.options import add_command, add_json_option, print_json
+from nanovllm.utils.text import counted
 
 
 def add_parser(commands: Any) -> None:
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         print(
-            f"{found.path}: {found.architecture}, {len(found.files)} files of {total / 1e9:.2f} GB, complete "
+            f"{found.path}: {found.architecture}, {counted(len(found.files), 'file')} of {total / 1e9:.2f} GB, "
+            "complete "
             f"(revision {found.revision[:10]}). To talk with it: nanovllm chat --model {found.path}"
         )
     return 0

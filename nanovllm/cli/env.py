@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from nanovllm.cli.options import add_command, add_json_option, print_json
+from nanovllm.utils.text import counted
 
 GIB = 2**30
 
@@ -58,7 +59,8 @@ def _machine(report: dict[str, Any]) -> str:
         "machine",
         {
             "platform": system["platform"],
-            "processor": f"{system['cpu']}, {system['cores']} cores, {system['logical_cpus']} logical CPUs",
+            "processor": f"{system['cpu']}, {counted(system['cores'], 'core')}, "
+            f"{counted(system['logical_cpus'], 'logical CPU')}",
             "memory": f"{available}{limited}",
             "threads": f"{threads['in_a_step']} in a step on the CPU: {threads['why']}",
         },

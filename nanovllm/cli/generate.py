@@ -19,6 +19,7 @@ from nanovllm.cli.options import (
     sampling_params,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
@@ -190,7 +191,8 @@ def _summary(report: dict[str, Any], args: argparse.Namespace, more: str) -> str
     """A line about tokens and speed; ``more`` tells how answers that were cut off get longer."""
     speed = report["output_tokens_per_second"] or 0.0
     parts = [
-        f"{report['prompt_tokens']} prompt + {report['output_tokens']} output tokens in {report['seconds']:.2f} s "
+        f"{report['prompt_tokens']} prompt + {counted(report['output_tokens'], 'output token')} in "
+        f"{report['seconds']:.2f} s "
         f"({speed:.0f} output tok/s)"
     ]
     if report["time_to_first_token_seconds"] is not None:

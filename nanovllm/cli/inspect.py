@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from nanovllm.cli.options import add_command, add_json_option, add_model_options, model_arguments, print_json
+from nanovllm.demo import DEMO_MODEL_PATH
 
 
 def add_parser(commands: Any) -> None:
@@ -13,11 +14,12 @@ def add_parser(commands: Any) -> None:
         "look into a checkpoint and list what is wrong with it",
         "Show a checkpoint's configuration, parameters, memory, tokenizer and chat template as the engine understands "
         "them, without loading it. Exit code 1 when something is wrong with it: the last section lists the problems.",
-        "nanovllm inspect --model Qwen3-0.6B\n"
-        "nanovllm inspect --model Qwen3-0.6B --section parameters memory --no-statistics\n"
-        "nanovllm inspect --model Qwen3-0.6B --json > report.json",
+        "nanovllm inspect Qwen3-0.6B\n"
+        "nanovllm inspect Qwen3-0.6B --section parameters memory --no-statistics\n"
+        "nanovllm inspect Qwen3-0.6B --json > report.json",
     )
     add = parser.add_argument
+    add("path", nargs="?", metavar="PATH", help="the checkpoint directory; --model PATH says the same")
     add(
         "--section",
         nargs="+",
@@ -32,6 +34,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.path is not None:
+        if args.model != DEMO_MODEL_PATH:
+            raise ValueError(f"both {args.path} and --model {args.model} are given; inspect looks into one checkpoint")
+        args.model = args.path
+
     from nanovllm.diagnostics.inspect import inspect_checkpoint
     from nanovllm.diagnostics.inspect.text import render
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.options import add_device_option
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
@@ -34,6 +35,8 @@ class Parser(argparse.ArgumentParser):
             if option.startswith("--"):
                 hints += difflib.get_close_matches(option, self._option_string_actions, 1)
         meant = f"; did you mean {', '.join(hints)}?" if hints else ""
+        if not unknown[0].startswith("-") and "--model" in self._option_string_actions:
+            meant += "; a checkpoint is named with --model"
         self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
 
 
@@ -53,10 +56,11 @@ def add_command(commands: Any, name: str, summary: str, description: str, exampl
 
 def add_model_options(parser: argparse.ArgumentParser, samples: bool = True) -> None:
     """Options of every command that loads a model; those of the noise only where the command ``samples``."""
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
+    add = group.add_argument
     add("--model", metavar="PATH", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
     add("--tokenizer", metavar="PATH", help="tokenizer directory (default: the model's)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_device_option(group)
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output together")
     add("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")

@@ -16,6 +16,7 @@ from nanovllm.cli.options import (
     sampling_arguments,
     sampling_params,
 )
+from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
     from nanovllm.diagnostics.step_profile import PhaseProfile, StepProfile
@@ -88,10 +89,10 @@ def report(profile: "StepProfile", top: int) -> str:
     """The profile as tables."""
     engine = profile.engine
     facts = [engine["device"], engine["dtype"], engine["quantization"], f"{engine['attention_backend']} attention"]
-    facts.append(f"{engine['num_threads']} threads")
+    facts.append(counted(engine["num_threads"], "thread"))
     lines = [
-        f"{profile.batch_size} requests of {profile.prompt_len} prompt and {profile.output_len} output tokens on "
-        + ", ".join(filter(None, facts))
+        f"{counted(profile.batch_size, 'request')} of {profile.prompt_len} prompt and "
+        f"{counted(profile.output_len, 'output token')} on " + ", ".join(filter(None, facts))
     ]
     for name, phase in profile.phases.items():
         lines += ["", *phase_lines(name, phase, engine, top)]
@@ -103,7 +104,8 @@ def phase_lines(name: str, phase: "PhaseProfile", engine: dict[str, Any], top: i
     whole = phase.parts_seconds
     how = f", {engine['decode_steps']}" if name == "decode" else ""
     lines = [
-        f"{name}: {phase.steps} steps of {phase.rows:.0f} rows and {phase.tokens:.0f} tokens, "
+        f"{name}: {counted(phase.steps, 'step')} of {counted(phase.rows, 'row', '.0f')} and "
+        f"{counted(phase.tokens, 'token', '.0f')}, "
         f"{milliseconds(phase.seconds)} ms each"
     ]
     on_device = engine["device"].startswith("cuda")

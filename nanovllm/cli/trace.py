@@ -22,6 +22,7 @@ from nanovllm.cli.options import (
     sampling_arguments,
     sampling_params,
 )
+from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
     from nanovllm.diagnostics.run_record import RunRecord
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 llm.generate([{"prompt_token_ids": prompt} for prompt in drawn.prompts], each, use_tqdm=False)
             else:
                 ask(llm, requests, params, args)
-    trace.engine["workload"] = spec or f"{len(requests)} prompts"
+    trace.engine["workload"] = spec or counted(len(requests), "prompt")
     write(trace, args)
     with json_alone(args):
         print_summary(trace)
@@ -183,16 +184,18 @@ def print_summary(trace: "RunRecord") -> None:
     """What happened, in a few lines."""
     totals, engine = trace.totals(), trace.engine
     print(
-        f"{totals['sequences']} sequences in {totals['steps']} steps and {totals['seconds']:.2f} s: "
-        f"{totals['prefill_tokens']} prefill + {totals['decode_tokens']} decode tokens, "
+        f"{counted(totals['sequences'], 'sequence')} in {counted(totals['steps'], 'step')} and "
+        f"{totals['seconds']:.2f} s: "
+        f"{totals['prefill_tokens']} prefill + {counted(totals['decode_tokens'], 'decode token')}, "
         f"{totals['output_tokens']} sampled"
     )
     print(
-        f"KV cache: {totals['peak_blocks_held']} of {engine['num_blocks']} blocks of {engine['block_size']} held at "
-        f"most; {totals['blocks_shared']} shared by {totals['prefix_hits']} prefix hits "
-        f"({totals['prefix_hit_tokens']} tokens), {totals['blocks_evicted']} evicted"
+        f"KV cache: {totals['peak_blocks_held']} of {counted(engine['num_blocks'], 'block')} of "
+        f"{engine['block_size']} held at "
+        f"most; {totals['blocks_shared']} shared by {counted(totals['prefix_hits'], 'prefix hit')} "
+        f"({counted(totals['prefix_hit_tokens'], 'token')}), {totals['blocks_evicted']} evicted"
     )
-    print(f"queue: {totals['longest_queue']} waited at most; {totals['preemptions']} preemptions")
+    print(f"queue: {totals['longest_queue']} waited at most; {counted(totals['preemptions'], 'preemption')}")
     for violation in trace.violations:
         print(f"the block manager's books are wrong: {violation}")
     if not trace.violations:
