@@ -35,7 +35,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.file_lock import lock
 from nanovllm.utils.progress import ProgressBar
-from nanovllm.utils.text import counted
+from nanovllm.utils.text import counted, kind_of
 
 FSYNC_SECONDS = 1.0
 NAMED_ERRORS = 10  # rows that a summary names
@@ -148,7 +148,7 @@ class BatchJob:
         """Run the rows that are not done, once; arguments and result are those of :func:`run_batch`."""
         # A mistake here would make an error row of every row.
         if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
-            raise TypeError(f"sampling_params is a {type(sampling_params).__name__}; pass a SamplingParams")
+            raise TypeError(f"sampling_params is {kind_of(sampling_params)}; pass a SamplingParams")
         if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
             raise TypeError(f"chat_template_kwargs is {chat_template_kwargs!r}; it must be a dictionary")
         if self._has_run:

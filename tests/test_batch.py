@@ -192,7 +192,7 @@ BAD_ROWS = [
     ({"text": "a"}, "no prompt"),
     ({"prompt": "a", "messages": []}, "messages and prompt"),
     ({"prompt": ""}, "the prompt is empty"),
-    ({"prompt": 5}, "the prompt is a int"),
+    ({"prompt": 5}, "the prompt is an int"),
     ({"prompt": [10**6]}, "token id 1000000"),
     ({"prompt": list(range(1000)) * 5}, "5000 tokens"),
     ({"prompt": "a", "temprature": 1}, "'temprature'; did you mean 'temperature'?"),
@@ -568,6 +568,8 @@ def test_error_rows_of_earlier_runs_are_counted_and_the_first_are_named(files: F
     assert (first.num_errors, first.num_skipped_errors, first.skipped_error_ids) == (12, 0, ())
     assert first.error_ids == tuple(f"bad-{number}" for number in range(10))
     assert ", bad-9, ...; answers says why" in failure(first, 12, "answers")
+    both = dataclasses.replace(first, num_skipped_errors=1, skipped_error_ids=("older",))
+    assert ", bad-9, ...; answers says why" in failure(both, 13, "answers")
     again = run_batch(StubLLM(), files.input, files.output, use_tqdm=False)  # type: ignore[arg-type]
     assert (again.num_errors, again.num_skipped, again.num_skipped_errors) == (0, 13, 12)
     assert again.skipped_error_ids == tuple(f"bad-{number}" for number in range(10))
@@ -676,7 +678,8 @@ def test_a_job_killed_twenty_times_answers_every_row_once(llm: LLM, files: Files
     assert 0 < written.count(b"\n") < number, "the job ended before it had been killed often enough"
     process = start(files)
     _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    assert process.returncode == 1, said  # there are bad rows among them
+    assert "40 rows failed: " in said
     assert answers(files) == answers(whole)
     assert len(answers(files)) == number
 

@@ -201,6 +201,10 @@ class TestCommand:
         [
             (["--model", "no/such/directory"], "not a directory"),
             (["one", "--model", "another"], "both one and --model another are given"),
+            (
+                ["--section", "config", DEMO_MODEL_PATH],
+                "stands among the sections; name the checkpoint before --section",
+            ),
             (["--section", "weights"], "section is 'weights'; choose from config"),
             (["--dtype", "int4"], "dtype is 'int4'"),
             (["--max-model-len", "1"], "max_model_len is 1"),

@@ -12,7 +12,7 @@ from nanovllm.cli import main
 from nanovllm.cli.main import COMMANDS
 from nanovllm.cli.options import Parser
 from nanovllm.diagnostics import machine
-from nanovllm.utils.text import counted
+from nanovllm.utils.text import counted, kind_of
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -86,3 +86,7 @@ def test_json_survives_any_console(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_is_no_plural() -> None:
     assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
     assert [counted(number, "token", ",.0f") for number in (1.2, 1234.0)] == ["1 token", "1,234 tokens"]
+
+
+def test_types_have_their_article() -> None:
+    assert [kind_of(value) for value in (1, [], None)] == ["an int", "a list", "a NoneType"]

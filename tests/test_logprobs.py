@@ -352,7 +352,7 @@ class TestScore:
             ([[1, 2]], ["text"], ValueError, "prompt 0 or its continuation is text, which needs a tokenizer"),
             ([[1, 2]], [[1.5]], TypeError, "position 0 of continuation 0 is 1.5"),
             ([[1, "a"]], [[1]], TypeError, "position 1 of prompt 0 is 'a'"),
-            (5, [[1]], TypeError, "prompts is a int"),
+            (5, [[1]], TypeError, "prompts is an int"),
         ],
     )
     def test_what_cannot_be_scored_is_named(

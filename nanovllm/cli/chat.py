@@ -232,7 +232,7 @@ class Chat:
             f"last turn     {counted(turn.prompt_tokens, 'prompt token')} ({cached}) + "
             f"{counted(turn.output_tokens, 'output token')} in "
             f"{turn.seconds:.2f} s ({speed:.0f} output tok/s){first}; ended: {turn.finish_reason}\n"
-            f"all {counted(len(session.turns), 'turn')}   {counted(prompts, 'prompt token')}, {found} of them "
+            f"so far        {counted(len(session.turns), 'turn')}: {counted(prompts, 'prompt token')}, {found} of them "
             f"({100 * found / max(prompts, 1):.0f}%) from the cache; "
             f"{counted(sum(one.output_tokens for one in session.turns), 'output token')}\n"
             f"room          remembered: {counted(len(session.history) // 2, 'turn')}; "

@@ -1,6 +1,7 @@
 """``nanovllm inspect``: what a checkpoint holds, how the engine understands it, and what is wrong with it."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from nanovllm.cli.options import add_command, add_json_option, add_model_options, model_arguments, print_json
@@ -39,9 +40,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"both {args.path} and --model {args.model} are given; inspect looks into one checkpoint")
         args.model = args.path
 
-    from nanovllm.diagnostics.inspect import inspect_checkpoint
+    from nanovllm.diagnostics.inspect import SECTIONS, inspect_checkpoint
     from nanovllm.diagnostics.inspect.text import render
 
+    for name in args.section or ():
+        if name not in SECTIONS and Path(name).is_dir():  # argparse takes all that follows --section for sections
+            raise ValueError(f"{name} stands among the sections; name the checkpoint before --section")
     arguments = model_arguments(args)
     found = inspect_checkpoint(arguments.pop("model"), args.section, statistics=not args.no_statistics, **arguments)
     if args.json:
