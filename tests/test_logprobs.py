@@ -342,7 +342,7 @@ class TestScore:
                 ValueError,
                 "there are 2 prompts and 3 continuations; give as many, or one prompt for all",
             ),
-            ([[1, 2], [3]], [4, 5], ValueError, "there are 2 prompts and 1 continuations"),
+            ([[1, 2], [3]], [4, 5], ValueError, "there are 2 prompts and 1 continuation;"),
             ([[1, 2], []], [[4], [5]], ValueError, "prompt 1 is empty; give at least one token"),
             ([[1, 2], [3]], [[4], []], ValueError, "continuation 1 is empty; give at least one token"),
             ([1, 2], [[4], [211]], ValueError, "pair 1 has token id 211; the vocabulary has ids 0 to 210"),
