@@ -86,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.block_manager": {"engine.sequence", *PLAIN},
     "engine.request": {"engine.sequence", "engine.step_plan", "engine.detokenizer", *PLAIN},
     "engine.metrics": {"engine.sequence", "engine.step_plan"},
-    "engine.tokenizer": set(),
+    "engine.tokenizer": UTILS,
     "engine.sequence": {"engine.step_plan", *PLAIN},
     "engine.step_plan": PLAIN,
     "engine.detokenizer": set(),
