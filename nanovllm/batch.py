@@ -35,6 +35,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.file_lock import lock
 from nanovllm.utils.progress import ProgressBar
+from nanovllm.utils.text import counted, kind_of
 
 FSYNC_SECONDS = 1.0
 NAMED_ERRORS = 10  # rows that a summary names
@@ -54,6 +55,7 @@ class BatchSummary:
         prompt_tokens: Of the rows answered now.
         output_tokens: Generated now.
         seconds: What this run took, without loading the model.
+        error_ids: The ids of the rows that became error rows now, of the first ten at most.
         first_error: The message of the first row that became an error row now; None without one.
         skipped_error_ids: The ids of those that are error rows, of the first ten at most.
     """
@@ -66,6 +68,7 @@ class BatchSummary:
     prompt_tokens: int
     output_tokens: int
     seconds: float
+    error_ids: tuple[str, ...] = ()
     first_error: str | None = None
     num_skipped_errors: int = 0
     skipped_error_ids: tuple[str, ...] = ()
@@ -145,7 +148,7 @@ class BatchJob:
         """Run the rows that are not done, once; arguments and result are those of :func:`run_batch`."""
         # A mistake here would make an error row of every row.
         if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
-            raise TypeError(f"sampling_params is a {type(sampling_params).__name__}; pass a SamplingParams")
+            raise TypeError(f"sampling_params is {kind_of(sampling_params)}; pass a SamplingParams")
         if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
             raise TypeError(f"chat_template_kwargs is {chat_template_kwargs!r}; it must be a dictionary")
         if self._has_run:
@@ -169,6 +172,7 @@ class BatchJob:
             prompt_tokens=run.prompt_tokens,
             output_tokens=run.output_tokens,
             seconds=time.perf_counter() - started,
+            error_ids=tuple(run.error_ids),
             first_error=run.first_error,
             num_skipped_errors=run.num_skipped_errors,
             skipped_error_ids=tuple(run.skipped_error_ids),
@@ -203,6 +207,7 @@ class _Run:
         self.num_skipped = self.num_skipped_errors = self.num_answered = self.num_errors = self.num_cut_off = 0
         self.prompt_tokens = self.output_tokens = 0
         self.first_error: str | None = None
+        self.error_ids: list[str] = []
         self.skipped_error_ids: list[str] = []
         self._running: dict[int, BatchRow] = {}  # by number of the prompt; no more than the engine has taken
         self._num_taken = 0
@@ -262,6 +267,8 @@ class _Run:
     def _fail(self, row: BatchRow, kind: str, message: str) -> None:
         self.output.append(line_head(row) | {"error": {"message": message, "type": kind, "line": row.line}})
         self.num_errors += 1
+        if len(self.error_ids) < NAMED_ERRORS:
+            self.error_ids.append(str(row.row_id))
         self.first_error = self.first_error or f"line {row.line}: {message}"
         self.bar.update(1)
 
@@ -407,7 +414,7 @@ def _check_ids(path: Path) -> int:
     repeated = found[1:][found[1:] == found[:-1]]
     if len(repeated):
         first, second = [n for n, digest in ids() if digest.rstrip(b"\0") == bytes(repeated[0])][:2]
-        more = f" ({len(repeated) - 1} more rows repeat an id)" if len(repeated) > 1 else ""
+        more = f" ({counted(len(repeated) - 1, 'more row')} repeat an id)" if len(repeated) > 1 else ""
         raise ValueError(
             f"lines {first} and {second} of {path} have the same id{more}; give each row an id of its own, or none"
         )

@@ -14,6 +14,7 @@ import xxhash
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.text import kind_of
 from nanovllm.utils.validation import check_int, unknown_argument
 
 CONTENT_OF_URL = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
@@ -88,7 +89,7 @@ def row_id_of(record: Any, number: int) -> str | int:
 def parse_record(record: Any, row: BatchRow, defaults: SamplingParams, template_kwargs: Mapping[str, Any]) -> None:
     """Fill in what a row asks for; TypeError or ValueError saying what is wrong with it."""
     if not isinstance(record, dict):
-        raise TypeError(f"the line is a {type(record).__name__}; it must be an object")
+        raise TypeError(f"the line is {kind_of(record)}; it must be an object")
     if OPENAI_KEYS & (record.keys() - {"custom_id"}):
         for name in record.keys() - OPENAI_KEYS:
             raise unknown_argument("a row with 'url' and 'body'", name, OPENAI_KEYS)

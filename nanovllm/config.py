@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.utils.validation import check_bool, check_int, check_number, unknown_argument
+from nanovllm.utils.validation import check_bool, check_device, check_int, check_number, unknown_argument
 
 QUANTIZATIONS = (None, "int8")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -74,10 +74,7 @@ class EngineConfig:
             raise ValueError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization is {self.quantization!r}, which is not supported; use None or 'int8'")
-        device = str(self.device)  # torch.device writes itself like this, too
-        if not re.fullmatch(r"auto|(cpu|mps)(:0)?|cuda(:[0-9]+)?", device):
-            raise ValueError(f"device is {self.device!r}; use auto, cuda, cuda:N, mps or cpu")
-        keep("device", device if device.startswith("cuda") else device.removesuffix(":0"))
+        keep("device", check_device(self.device))
         if not isinstance(self.attention_backend, str):
             raise TypeError(
                 f"attention_backend is {self.attention_backend!r} ({type(self.attention_backend).__name__}); "

@@ -14,6 +14,7 @@ from nanovllm.engine.request import PreparedRequest
 from nanovllm.engine.tokenizer import ChatOptions, as_conversations, check_conversation, render_chat, template_options
 from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.text import counted, kind_of
 from nanovllm.utils.validation import unknown_argument
 
 if TYPE_CHECKING:  # typing has it from Python 3.11 on
@@ -271,11 +272,11 @@ class LLM:
             raise ValueError(f"max_in_flight is {max_in_flight!r}; it must be a whole number of at least 1")
         if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
             raise TypeError(
-                f"sampling_params is a {type(sampling_params).__name__}; pass a SamplingParams, or (prompt, "
+                f"sampling_params is {kind_of(sampling_params)}; pass a SamplingParams, or (prompt, "
                 "SamplingParams) pairs as prompts"
             )
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-            raise TypeError(f"prompts is a {type(prompts).__name__}; pass an iterable of prompts")
+            raise TypeError(f"prompts is {kind_of(prompts)}; pass an iterable of prompts")
         return calls.iterate(engine, iter(prompts), sampling_params, ordered=ordered, room=room, on_error=on_error)
 
     def score(
@@ -308,7 +309,8 @@ class LLM:
             prompt_list = prompt_list * len(continuation_list)
         if len(prompt_list) != len(continuation_list):
             raise ValueError(
-                f"there are {len(prompt_list)} prompts and {len(continuation_list)} continuations; give as many, or "
+                f"there are {counted(len(prompt_list), 'prompt')} and "
+                f"{counted(len(continuation_list), 'continuation')}; give as many, or "
                 "one prompt for all"
             )
         engine = self.engine
@@ -457,12 +459,10 @@ def _params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParams 
     if isinstance(sampling_params, (SamplingParams, type(None))):
         return [sampling_params] * num_prompts
     if not isinstance(sampling_params, Sequence) or isinstance(sampling_params, (str, bytes)):
-        raise TypeError(
-            f"sampling_params is a {type(sampling_params).__name__}; pass a SamplingParams or a list of them"
-        )
+        raise TypeError(f"sampling_params is {kind_of(sampling_params)}; pass a SamplingParams or a list of them")
     if len(sampling_params) != num_prompts:
         raise ValueError(
-            f"there are {num_prompts} prompts and {len(sampling_params)} sampling_params; "
+            f"there are {counted(num_prompts, 'prompt')} and {len(sampling_params)} sampling_params; "
             "give one for each prompt, or a single one for all"
         )
     return list(sampling_params)

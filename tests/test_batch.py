@@ -22,6 +22,7 @@ from nanovllm import batch as batch_module
 from nanovllm.batch import BatchJob, BatchSummary, run_batch
 from nanovllm.batch_rows import CHAT_OPTIONS, checkpoint_fingerprint
 from nanovllm.cli import main
+from nanovllm.cli.batch import failure
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.metrics import Counters
 from nanovllm.engine.tokenizer import ChatOptions
@@ -191,7 +192,7 @@ BAD_ROWS = [
     ({"text": "a"}, "no prompt"),
     ({"prompt": "a", "messages": []}, "messages and prompt"),
     ({"prompt": ""}, "the prompt is empty"),
-    ({"prompt": 5}, "the prompt is a int"),
+    ({"prompt": 5}, "the prompt is an int"),
     ({"prompt": [10**6]}, "token id 1000000"),
     ({"prompt": list(range(1000)) * 5}, "5000 tokens"),
     ({"prompt": "a", "temprature": 1}, "'temprature'; did you mean 'temperature'?"),
@@ -529,23 +530,46 @@ def test_the_command_runs_a_job(files: Files, capsys: pytest.CaptureFixture[str]
     files.put({"messages": [{"role": "user", "content": "add 12 and 30"}]}, "{")
     argv = ["batch", str(files.input), str(files.output), "--device", "cpu", "--temperature", "0", "--max-tokens", "20"]
     argv += ["--chat-template-kwargs", '{"enable_thinking": false}', "--no-progress"]
-    assert main(argv) == 0
+    assert main(argv) == 1
     assert files.by_id()["line-1"]["text"] == "12 + 30 = 42"
-    assert "2 rows: 1 answered, 1 errors, 0 done before" in capsys.readouterr().err
-    assert main(argv) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert "2 rows: 1 answered, 1 error, 0 done before" in told[-2]
+    failed = f"1 row failed: line-2; {files.output} says why (--retry-errors runs them again)"
+    assert told[-1].startswith(f"{failed}; the first: line 2: ")
+    assert main(argv) == 1
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        "error rows of earlier runs: line-2 (--retry-errors runs them again)",
-        "2 rows: 0 answered, 0 errors, 2 done before (1 of them errors); 0 prompt + 0 output tokens in 0.0 s "
-        "(0 output tok/s)",
+        "2 rows: 0 answered, 0 errors, 2 done before (1 error); 0 prompt + 0 output tokens in 0.0 s (0 output tok/s)",
+        failed,
     ]
-    assert main([*argv, "--retry-errors"]) == 0
-    assert "2 rows: 0 answered, 1 errors, 1 done before" in capsys.readouterr().err
+    assert main([*argv, "--retry-errors"]) == 1
+    assert "2 rows: 0 answered, 1 error, 1 done before" in capsys.readouterr().err
+    files.put({"messages": [{"role": "user", "content": "add 12 and 30"}]})
+    assert main(argv) == 0
+    assert "failed" not in capsys.readouterr().err
+
+
+def test_the_command_draws_a_bar_on_a_terminal_only(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put({"prompt": "a"})
+    argv = ["batch", str(files.input), "--device", "cpu", "--max-tokens", "2"]
+    assert main([*argv, str(files.output)]) == 0
+    told = capsys.readouterr().err
+    assert "Generating" not in told
+    assert "1 row: 1 answered, 0 errors" in told
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*argv, f"{files.output}.2"]) == 0
+    assert "Generating" in capsys.readouterr().err
 
 
 def test_error_rows_of_earlier_runs_are_counted_and_the_first_are_named(files: Files) -> None:
     files.put(*[{"prompt": "a", "temperature": -1, "id": f"bad-{number}"} for number in range(12)], {"prompt": "a"})
     first = run_batch(StubLLM(), files.input, files.output, use_tqdm=False)  # type: ignore[arg-type]
     assert (first.num_errors, first.num_skipped_errors, first.skipped_error_ids) == (12, 0, ())
+    assert first.error_ids == tuple(f"bad-{number}" for number in range(10))
+    assert ", bad-9, ...; answers says why" in failure(first, 12, "answers")
+    both = dataclasses.replace(first, num_skipped_errors=1, skipped_error_ids=("older",))
+    assert ", bad-9, ...; answers says why" in failure(both, 13, "answers")
     again = run_batch(StubLLM(), files.input, files.output, use_tqdm=False)  # type: ignore[arg-type]
     assert (again.num_errors, again.num_skipped, again.num_skipped_errors) == (0, 13, 12)
     assert again.skipped_error_ids == tuple(f"bad-{number}" for number in range(10))
@@ -580,7 +604,9 @@ def test_mistakes_get_one_line(files: Files, capsys: pytest.CaptureFixture[str],
         (["batch", "in", "out", "--max-tokens", "many"], "'many'"),
         (["batch", "in", "out", "--chat-template-kwargs", "[]"], "not a JSON object"),
         (["batch", "in", "out", "--temprature", "1"], "1; did you mean --temperature? (see nanovllm batch"),
-        (["inspect", "somewhere"], "unrecognized arguments: somewhere (see nanovllm inspect --help)"),
+        (["chat", "somewhere"], "arguments: somewhere; a checkpoint is named with --model (see nanovllm chat --help)"),
+        (["batch", "in", "out", "--device", "cuda:x"], "device is 'cuda:x'; use auto, cuda, cuda:N, mps or cpu"),
+        (["bench", "--device", "gpu"], "device is 'gpu'; use auto, cuda, cuda:N, mps or cpu"),
     ],
 )
 def test_arguments_that_cannot_be_parsed_get_one_line(
@@ -652,15 +678,17 @@ def test_a_job_killed_twenty_times_answers_every_row_once(llm: LLM, files: Files
     assert 0 < written.count(b"\n") < number, "the job ended before it had been killed often enough"
     process = start(files)
     _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    assert process.returncode == 1, said  # there are bad rows among them
+    assert "40 rows failed: " in said
     assert answers(files) == answers(whole)
     assert len(answers(files)) == number
 
 
 def test_what_was_cut_off_and_the_first_error_are_told(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     files.put({"prompt": "a", "max_tokens": 2, "ignore_eos": True}, {"prompt": ""}, {"prompt": 5})
-    assert main(["batch", str(files.input), str(files.output), "--device", "cpu", "--no-progress"]) == 0
+    assert main(["batch", str(files.input), str(files.output), "--device", "cpu", "--no-progress"]) == 1
     said = capsys.readouterr().err
     assert "without --model, the demo checkpoint has answered" in said
-    assert "1 answers were cut off (--max-tokens, up to --max-model-len, allows more)" in said
-    assert "first error: line " in said
+    assert "1 answer was cut off (--max-tokens, up to --max-model-len, allows more)" in said
+    assert "; the first: line " in said
+    assert "2 rows failed: line-2, line-3; " in said

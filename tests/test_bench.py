@@ -1,5 +1,6 @@
 """bench.py draws fixed workloads, measures honestly and says in one line what it cannot do."""
 
+import io
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -170,12 +172,12 @@ def test_without_a_model_the_demo_checkpoint_runs(bench: ModuleType) -> None:
 
 
 @pytest.fixture(scope="module")
-def report(bench: ModuleType, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(bench: ModuleType, tiny: list[str]) -> dict[str, Any]:
     """Both engines, twice, on two small workloads."""
-    file = tmp_path_factory.mktemp("report") / "result.json"
     workloads = ["--workload", "3:20-40:4-8", "--workload", "2:5-5:3-3:32"]
-    assert bench.main([*tiny, *workloads, "--engine", "nanovllm,hf", "--repeats", "2", "--json", str(file)]) == 0
-    return json.loads(file.read_text())
+    with redirect_stdout(io.StringIO()) as printed:
+        assert bench.main([*tiny, *workloads, "--engine", "nanovllm,hf", "--repeats", "2", "--json"]) == 0
+    return json.loads(printed.getvalue())
 
 
 def test_json_says_what_ran_where(report: dict[str, Any]) -> None:
@@ -259,14 +261,14 @@ needs_continuous_batching = pytest.mark.skipif(
 
 @needs_continuous_batching
 def test_continuous_batching_of_transformers_gives_every_request_its_length(
-    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [*tiny, "--workload", "4:5-9:2-6", "--engine", "nanovllm,hf-cb", "--separately", "--repeats", "2"]
-    assert bench.main([*argv, "--dtype", "float32", "--json", str(tmp_path / "r.json")]) == 0
-    out = capsys.readouterr().out
-    assert "hf-cb ready in" in out
-    assert "ratio nanovllm / hf-cb: " in out
-    report = json.loads((tmp_path / "r.json").read_text())
+    assert bench.main([*argv, "--dtype", "float32", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "hf-cb ready in" in printed.err
+    assert "ratio nanovllm / hf-cb: " in printed.err
+    report = json.loads(printed.out)
     [workload] = report["workloads"]
     assert list(workload["results"]) == list(report["engines"]) == ["nanovllm", "hf-cb"]
     assert all(len(result["seconds"]) == 2 for result in workload["results"].values())
@@ -345,11 +347,11 @@ def test_gpu_memory_of_an_engine_does_not_count_what_others_hold(
 
 
 def test_what_was_switched_off_is_reported(
-    bench: ModuleType, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NANOVLLM_DISABLE", "graphs,sample")
-    assert bench.main([*tiny, "--workload", "1:5-5:2-2", "--json", str(tmp_path / "r.json")]) == 0
-    assert json.loads((tmp_path / "r.json").read_text())["disabled"] == "graphs,sample"
+    assert bench.main([*tiny, "--workload", "1:5-5:2-2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["disabled"] == "graphs,sample"
 
 
 def test_transformers_sees_left_padded_prompts(bench: ModuleType, tiny: list[str]) -> None:
@@ -406,7 +408,7 @@ def test_a_cache_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         (["--random-weights", "tiny", "--model", "x"], "not allowed with"),
         (["--model", "no/such/folder"], "it has no config.json"),
         (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
-        (["--json", "no/such/folder/x.json"], "there is no such folder"),
+        (["--json", "x.json"], "unrecognized arguments: x.json"),
         (["--compare", "hf", "--peers", "x", "--quantization", "int8"], "(use nanovllm-int8) exclude each other"),
         (["--shuffle"], "unrecognized arguments: --shuffle"),
     ],
@@ -435,12 +437,24 @@ def test_what_the_engine_refuses_gets_one_line(
     assert "abacus" in line
 
 
+def test_a_device_with_a_number_becomes_the_one_whose_memory_is_told(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    for name in ("cpu", "cuda", "cuda:1", "cuda:2"):  # of which the last is not there
+        bench.use_device(name)
+    assert made == [1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 @pytest.mark.parametrize("engine", ["nanovllm", "hf"])
 def test_a_missing_device_gets_one_line(
-    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], engine: str
+    bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str], engine: str, device: str
 ) -> None:
-    argv = [*tiny, "--workload", "1:4-4:4-4", "--device", "cuda", "--engine", engine]
+    argv = [*tiny, "--workload", "1:4-4:4-4", "--device", device, "--engine", engine]
     assert "cuda" in error_line(bench, capsys, *argv).lower()
 
 
@@ -567,15 +581,8 @@ def test_the_script_and_the_command_take_the_same_options(
     assert "python bench.py" not in own
 
 
-def test_the_command_measures_and_writes_what_the_script_writes(
-    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "r.json"
-    assert command(["bench", *tiny, "--workload", "2:5-5:4-4", "--json", str(file)]) == 0
-    report = json.loads(file.read_text())
-    assert report["workloads"][0]["output_tokens"] == 8
-    assert report["options"]["engine"] == ["nanovllm"]
-    assert "run" not in report["options"]
+def test_the_command_measures_what_the_script_measures(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["bench", *tiny, "--workload", "2:5-5:4-4"]) == 0
     assert "8 output tokens" in capsys.readouterr().out
 
 
@@ -584,13 +591,16 @@ def test_eight_bit_weights_are_measured_and_named(tiny: list[str], capsys: pytes
     assert re.search(r"ready in .*, attention \w+, int8$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_figures_are_printed_alone_where_json_is_a_hyphen(
+def test_json_is_printed_alone(
     tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert command(["bench", *tiny, "--workload", "1:5-5:2-2", "--json", "-"]) == 0
+    assert command(["bench", *tiny, "--workload", "1:5-5:2-2", "--json"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["workloads"][0]["output_tokens"] == 2
+    report = json.loads(printed.out)
+    assert report["workloads"][0]["output_tokens"] == 2
+    assert report["options"]["engine"] == ["nanovllm"]
+    assert "run" not in report["options"]
     assert "2 output tokens" in printed.err
     assert not list(tmp_path.iterdir())
 

@@ -189,13 +189,22 @@ class TestCommand:
 
     def test_a_damaged_checkpoint_ends_with_1(self, demo_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
         edit_tensors(demo_copy / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight"))
-        assert main(["inspect", "--model", str(demo_copy), "--device", "cpu", "--section", "parameters"]) == 1
-        assert capsys.readouterr().out.endswith("1. missing tensor: model.norm.weight: no file holds it\n")
+        told = []
+        for model in (["--model", str(demo_copy)], [str(demo_copy)]):
+            assert main(["inspect", *model, "--device", "cpu", "--section", "parameters"]) == 1
+            told.append(capsys.readouterr().out)
+        assert told[0].endswith("1. missing tensor: model.norm.weight: no file holds it\n")
+        assert told[1] == told[0]
 
     @pytest.mark.parametrize(
         ("argv", "part"),
         [
             (["--model", "no/such/directory"], "not a directory"),
+            (["one", "--model", "another"], "both one and --model another are given"),
+            (
+                ["--section", "config", DEMO_MODEL_PATH],
+                "stands among the sections; name the checkpoint before --section",
+            ),
             (["--section", "weights"], "section is 'weights'; choose from config"),
             (["--dtype", "int4"], "dtype is 'int4'"),
             (["--max-model-len", "1"], "max_model_len is 1"),

@@ -1,12 +1,14 @@
 """``nanovllm trace``: what is recorded is what the scheduler did, and what is written of it can be read."""
 
 import gzip
+import io
 import itertools
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -299,16 +301,16 @@ def test_steps_that_overlap_have_tracks_of_their_own() -> None:
 
 
 def run_trace(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    files = ["--html", str(tmp_path / "t.html"), "--json", str(tmp_path / "t.json")]
-    assert main(["trace", *arguments, *files, "--device", "cpu"]) == 0
-    return json.loads((tmp_path / "t.json").read_text())
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(["trace", *arguments, "--html", str(tmp_path / "t.html"), "--json", "--device", "cpu"]) == 0
+    return json.loads(printed.getvalue())
 
 
-def test_a_hyphen_prints_the_record_alone(
+def test_json_is_printed_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["trace", "--workload", "2:3-4:2-3", "--json", "-", "--device", "cpu"]) == 0
+    assert main(["trace", "--workload", "2:3-4:2-3", "--json", "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)["sequences"]) == 2
     assert "2 sequences in" in printed.err
@@ -316,15 +318,23 @@ def test_a_hyphen_prints_the_record_alone(
 
 
 def test_prompts_are_asked_as_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_trace(
-        tmp_path, "add 12 and 30", "count from 3 to 9", "--temperature", "0", "--max-num-seqs", "1", "--check"
-    )
+    options = ["--temperature", "0", "--max-num-seqs", "1", "--check"]
+    found = run_trace(tmp_path, "--chat", "add 12 and 30", "count from 3 to 9", *options)
     assert [seq["finish_reason"] for seq in found["sequences"]] == ["stop", "stop"]
-    assert "add 12 and 30" in found["sequences"][0]["prompt"]
+    assert "user\nadd 12 and 30<|im_end|>" in found["sequences"][0]["prompt"]
     assert found["totals"]["longest_queue"] == 1
     assert found["is_checked"]
     assert str(DEMO_MODEL_PATH) not in (tmp_path / "t.html").read_text("utf-8")
-    assert "right after every operation" in capsys.readouterr().out
+    assert "right after every operation" in capsys.readouterr().err
+
+
+def test_prompts_are_completed_as_they_stand_and_conversations_are_always_chat(tmp_path: Path) -> None:
+    rows = ["add 12 and 30", '{"messages": [{"role": "user", "content": "add 12 and 30"}]}']
+    (tmp_path / "prompts.txt").write_text("\n".join(rows), encoding="utf-8")
+    found = run_trace(tmp_path, "--file", str(tmp_path / "prompts.txt"), "--max-tokens", "2", "--think", "off")
+    plain, chat = (seq["prompt"] for seq in found["sequences"])
+    assert plain == "add 12 and 30"
+    assert chat.endswith("</think>\n\n")
 
 
 def test_a_file_of_prompts_is_run(tmp_path: Path) -> None:
@@ -359,9 +369,9 @@ def test_a_file_that_cannot_be_written_does_not_cost_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = tmp_path / "kept.json"
-    arguments = ["trace", "hello", "--max-tokens", "2", "--device", "cpu", "--html", "/dev/full", "--json", str(kept)]
-    assert main(arguments) == 2
-    assert json.loads(kept.read_text())["totals"]["sequences"] == 1
+    files = ["--html", "/dev/full", "--perfetto", str(kept)]
+    assert main(["trace", "hello", "--max-tokens", "2", "--device", "cpu", *files]) == 2
+    assert json.loads(kept.read_text())["traceEvents"]
     assert "/dev/full could not be written: " in capsys.readouterr().err
 
 
@@ -372,19 +382,19 @@ def test_a_file_that_cannot_be_written_does_not_cost_the_others(
         (["--workload", "3:8-4:1-2"], "runs backwards"),
         (["--workload", "3:8:4", "hello"], "only one of them"),
         (["--workload", "3:8:4", "--max-tokens", "9"], "--max-tokens needs prompts"),
-        (["--raw"], "--raw needs prompts"),
+        (["--chat"], "--chat needs prompts"),
         (["--chat-template-kwargs", "{}"], "--chat-template-kwargs needs prompts"),
-        (["hello", "--raw", "--chat-template-kwargs", "{}"], "has no effect with --raw"),
+        (["hello", "--chat-template-kwargs", "{}"], "--chat-template-kwargs needs --chat"),
         (["--file", "missing.txt"], "missing.txt"),
         (["--html", "nowhere/t.html"], "its folder does not exist"),
         (["--html", "."], "it is a folder"),
         (["--file", f"{DEMO_MODEL_PATH}/model.safetensors"], "model.safetensors is not UTF-8 text ("),
         (["--max-tokens", "5"], "--max-tokens needs prompts or --file"),
         (["--workload", "2:3-4:5-6", "--think", "off"], "--think needs prompts or --file"),
-        (["--raw", "--think", "off", "add 1 and 2"], "--think has no effect with --raw"),
+        (["--think", "off", "add 1 and 2"], "--think needs --chat"),
         (["--file", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--perfetto", "."], "it is a folder"),
-        (["--html", "t.out", "--json", "./t.out"], "are one file"),
+        (["--html", "t.out", "--perfetto", "./t.out"], "are one file"),
         (["--workload", "999999999999:1-2:1-2"], "1,999,999,999,998 prompt tokens; at most 100,000,000"),
         (["--workload", "2:1-8:1-2:99999999"], "prompt tokens; at most 100,000,000"),
         (["--num-kvcache-blocks", "0"], "num_kvcache_blocks is 0"),

@@ -311,7 +311,6 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--compare", "tgi"], "invalid choice: 'tgi' (choose from vllm, openvino, llama, llama-q8, hf, nanovllm"),
         (["--compare", "nanovllm-"], "invalid choice: 'nanovllm-'"),
         (["--compare", "hf,hf"], "names an engine twice"),
-        (["--json", "x.json"], "--json (use --out) exclude each other"),
         (["--engine", "hf"], "--engine exclude each other"),
         (["--device", "cuda"], "--device cuda exclude each other"),
         (["--dtype", "float32"], "--dtype float32 exclude each other"),

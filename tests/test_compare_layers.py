@@ -462,13 +462,14 @@ def test_settings_that_differ_name_the_layer(checkpoint: Path) -> None:
 
 
 def test_settings_are_read() -> None:
-    found = parse_settings(["enforce_eager=true", "max_num_seqs=3", "dtype=float32", "quantization=none", "disable=x"])
+    found = parse_settings(["enforce_eager=true", "max_num_seqs=3", "dtype=float32", "quantization=none"])
+    found |= parse_settings(["disable=sample,graphs"])
     assert found == {
         "enforce_eager": True,
         "max_num_seqs": 3,
         "dtype": "float32",
         "quantization": None,
-        "disable": "x",
+        "disable": "sample,graphs",
     }
 
 
@@ -497,8 +498,8 @@ def test_the_command_says_what_departs(checkpoint: Path, capsys: pytest.CaptureF
         (["--settings", "max_num_seqs=many"], "max_num_seqs is 'many'"),
         (["--settings", "enforce_eager=perhaps"], "use true or false"),
         (["--settings", "tensor_parallel_size=2"], "--against"),
-        (["--settings", "disable=nothing"], "nothing"),
-        (["--reference-device", "nowhere"], "transformers cannot load"),
+        (["--settings", "disable=nothing"], "error: disable=nothing names 'nothing'; it may name rms_norm, "),
+        (["--reference-device", "cuda:99"], "transformers cannot load"),
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--max-model-len", "8"], "max_model_len is 8"),
     ],

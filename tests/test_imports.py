@@ -89,7 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.block_manager": {"engine.sequence", *PLAIN},
     "engine.request": {"engine.sequence", "engine.step_plan", "engine.detokenizer", *PLAIN},
     "engine.metrics": {"engine.sequence", "engine.step_plan"},
-    "engine.tokenizer": set(),
+    "engine.tokenizer": UTILS,
     "engine.sequence": {"engine.step_plan", *PLAIN},
     "engine.step_plan": PLAIN,
     "engine.detokenizer": set(),
@@ -278,12 +278,9 @@ def test_nothing_is_compiled_when_the_package_is_imported() -> None:
 
 def test_scheduling_runs_where_there_is_no_torch() -> None:
     done = run_python(
-        "import sys, types\n"
+        "import sys\n"
         "for name in ('torch', 'numpy', 'transformers'):\n"
         "    sys.modules[name] = None\n"
-        "package = types.ModuleType('nanovllm')  # its __init__ imports the model too\n"
-        f"package.__path__ = [{str(PACKAGE)!r}]\n"
-        "sys.modules['nanovllm'] = package\n"
         "from nanovllm.engine import block_manager, scheduler, sequence, step_plan\n"
         "from nanovllm.sampling_params import SamplingParams\n"
         "queue = scheduler.Scheduler(block_manager.BlockManager(4, 4), 2, 8)\n"
@@ -292,3 +289,46 @@ def test_scheduling_runs_where_there_is_no_torch() -> None:
         "    queue.update(queue.schedule(), step_plan.StepResult([5]))\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], [], ["abacus"], ["generate"], ["generate", "x", "--top-p", "3"]]
+    + [[command, "--help"] for command in ("generate", "bench", "trace")],
+    ids=" ".join,
+)
+def test_help_and_mistakes_are_told_without_torch(arguments: list[str]) -> None:
+    """It takes a second to import; ``NAME = None`` makes that an ImportError."""
+    done = run_python(
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "from nanovllm.cli import main\n"
+        f"sys.exit(main({arguments}))\n"
+    )
+    assert "Error" not in done.stderr
+    assert done.returncode == (0 if arguments[-1:] in (["--help"], ["--version"]) else 2), done.stderr
+
+
+def test_the_package_loads_its_names_when_they_are_asked_for() -> None:
+    done = run_python(
+        "import sys, nanovllm\n"
+        "assert set(nanovllm.__all__) <= set(dir(nanovllm))\n"
+        "assert 'torch' not in sys.modules\n"
+        "from nanovllm import SamplingParams\n"
+        "assert 'torch' not in sys.modules\n"
+        "from nanovllm import *\n"
+        "import nanovllm.llm\n"
+        "assert LLM is nanovllm.LLM is nanovllm.llm.LLM\n"
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="module 'nanovllm' has no attribute 'LMM'"):
+        nanovllm.LMM  # noqa: B018
+
+
+def test_type_checkers_see_the_names_that_the_package_loads() -> None:
+    [block] = [node for node in ast.walk(ast.parse(MODULES[""].read_text("utf-8"))) if isinstance(node, ast.If)][:1]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {alias.name: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+    assert seen == nanovllm._HOMES
+    assert {*seen, "__version__"} == set(nanovllm.__all__)

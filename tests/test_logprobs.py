@@ -342,7 +342,7 @@ class TestScore:
                 ValueError,
                 "there are 2 prompts and 3 continuations; give as many, or one prompt for all",
             ),
-            ([[1, 2], [3]], [4, 5], ValueError, "there are 2 prompts and 1 continuations"),
+            ([[1, 2], [3]], [4, 5], ValueError, "there are 2 prompts and 1 continuation;"),
             ([[1, 2], []], [[4], [5]], ValueError, "prompt 1 is empty; give at least one token"),
             ([[1, 2], [3]], [[4], []], ValueError, "continuation 1 is empty; give at least one token"),
             ([1, 2], [[4], [211]], ValueError, "pair 1 has token id 211; the vocabulary has ids 0 to 210"),
@@ -352,7 +352,7 @@ class TestScore:
             ([[1, 2]], ["text"], ValueError, "prompt 0 or its continuation is text, which needs a tokenizer"),
             ([[1, 2]], [[1.5]], TypeError, "position 0 of continuation 0 is 1.5"),
             ([[1, "a"]], [[1]], TypeError, "position 1 of prompt 0 is 'a'"),
-            (5, [[1]], TypeError, "prompts is a int"),
+            (5, [[1]], TypeError, "prompts is an int"),
         ],
     )
     def test_what_cannot_be_scored_is_named(

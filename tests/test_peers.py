@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanovllm.benchmarks.compare import LAUNCHER
-from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS, OTHER_OPTIONS
+from nanovllm.benchmarks.engine_options import INTEGER_OPTIONS, OTHER_OPTIONS
 from nanovllm.benchmarks.peers import run_hf, run_llama, run_nanovllm, run_openvino, run_vllm, write_gguf
 from nanovllm.benchmarks.peers.protocol import usable_cpus
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint, write_random_checkpoint

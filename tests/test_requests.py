@@ -470,7 +470,7 @@ class TestIterator:
         ("arguments", "error", "message"),
         [
             ({"prompts": "hello"}, TypeError, "prompts is a str; pass an iterable"),
-            ({"prompts": 5}, TypeError, "prompts is a int"),
+            ({"prompts": 5}, TypeError, "prompts is an int"),
             ({"prompts": [], "max_in_flight": 0}, ValueError, "max_in_flight is 0"),
             ({"prompts": [], "on_error": "ignore"}, ValueError, "on_error is 'ignore'; use one of raise, return"),
             ({"prompts": [], "sampling_params": [greedy()]}, TypeError, "sampling_params is a list"),

@@ -291,7 +291,7 @@ class TestEngine:
         with caplog.at_level(logging.INFO, "nanovllm"), self.open(tiny_checkpoint, monkeypatch, quota_of_one) as llm:
             assert torch.get_num_threads() == 2
             assert llm.get_metrics()["num_threads"] == 1
-            assert "on cpu, 1 threads on the host" in caplog.text
+            assert "on cpu, 1 thread on the host" in caplog.text
             llm.engine.runner.model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
             params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
             for _ in llm.stream([1, 2, 3], params):

@@ -51,13 +51,16 @@ def main() -> None:
         program = PROGRAM.format(prefix=str(environment))
         subprocess.run([python, "-c", program], check=True, cwd=folder)
         commands = [
-            ["bench", "--workload", "2:4-4:4-4", "--json", "bench.json"],
-            ["env"],
             ["generate", "--chat", "hello"],
+            ["env"],
+            ["bench", "--workload", "2:4-4:4-4", "--json"],
         ]
         for command in commands:
-            subprocess.run([python, "-m", "nanovllm", *command], check=True, cwd=folder)
-        found = json.loads(Path(folder, "bench.json").read_text(encoding="utf-8"))["versions"]
+            printed = subprocess.run(
+                [python, "-m", "nanovllm", *command], check=True, cwd=folder, stdout=subprocess.PIPE, text=True
+            ).stdout
+            print(printed)
+        found = json.loads(printed)["versions"]
         assert found["commit"] is None, found
 
 

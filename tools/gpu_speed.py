@@ -186,21 +186,19 @@ def bench_process(
     check: Check, workload: str, disabled: str, options: list[str], timeout: float = 200, engine: str = "nanovllm"
 ) -> Result:
     """A run of bench.py by itself; the figures of the engine named last."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "report.json")
-        command = [sys.executable, str(ROOT / "bench.py"), "--random-weights", shape_name(check), "--engine", engine]
-        command += ["--workload", workload, "--json", str(path), "--weights-cache", str(WEIGHTS), *options]
-        done = subprocess.run(
-            [*command, "--device", check.device.type],
-            env={**os.environ, DISABLE_VARIABLE: disabled},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-        report = json.loads(path.read_text())
+    command = [sys.executable, str(ROOT / "bench.py"), "--random-weights", shape_name(check), "--engine", engine]
+    command += ["--workload", workload, "--json", "--weights-cache", str(WEIGHTS), *options]
+    done = subprocess.run(
+        [*command, "--device", check.device.type],
+        env={**os.environ, DISABLE_VARIABLE: disabled},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+    report = json.loads(done.stdout)
     found = report["workloads"][0]
     figures = found["results"][engine.split(",")[-1]]
     names = ("output_tokens_per_second", "median_seconds", "prefill_seconds", "decode_seconds")

@@ -27,6 +27,7 @@ from nanovllm.utils.environment import hardware, versions
 from nanovllm.utils.memory import peak_cpu_memory
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint
 from nanovllm.utils.random_requests import Requests, Workload
+from nanovllm.utils.text import counted
 
 Engine = NanovllmEngine | HFEngine
 ENGINES: dict[str, type[Engine]] = {
@@ -60,6 +61,13 @@ def allocated_gpu_memory() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
+def use_device(name: str) -> None:
+    """Make ``cuda:N`` the one whose memory torch tells and others take; what is not there the engine refuses."""
+    number = name.partition(":")[2]
+    if number and int(number) < torch.cuda.device_count():
+        torch.cuda.set_device(int(number))
+
+
 def free_gpu_memory() -> None:
     """Give the device what closed engines have left behind."""
     gc.collect()
@@ -71,12 +79,14 @@ def print_machine(report: dict[str, Any]) -> None:
     machine, software = report["hardware"], {k: v for k, v in report["versions"].items() if v}
     print("model    ", report["model"])
     print("machine  ", ", ".join([machine["cpu"], *machine["gpus"]]), end=", ")
-    print(f"{machine['cores']} cores, {machine['threads']} threads, {gib(machine['ram_bytes'])} RAM")
+    print(
+        f"{counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}, {gib(machine['ram_bytes'])} RAM"
+    )
     print("software ", ", ".join(f"{name} {version}" for name, version in software.items()), "\n", flush=True)
 
 
 def print_workload(workload: Workload, requests: Requests, repeats: int) -> None:
-    tokens = f"{requests.prompt_tokens} prompt + {requests.output_tokens} output tokens"
+    tokens = f"{requests.prompt_tokens} prompt + {counted(requests.output_tokens, 'output token')}"
     print(f"\nworkload {workload}: {tokens}{f', {repeats} times' if repeats > 1 else ''}", flush=True)
 
 
@@ -88,7 +98,7 @@ def print_results(results: dict[str, Any]) -> None:
             low, high = min(result["seconds"]), max(result["seconds"])
             line += f", median of {len(result['seconds'])} ({low:.2f}-{high:.2f} s)"
         if result.get("num_preemptions"):
-            line += f", {result['num_preemptions']} preemptions"
+            line += f", {counted(result['num_preemptions'], 'preemption')}"
         if "peak_gpu_memory_bytes" in result:
             line += f", GPU memory {gib(result['peak_gpu_memory_bytes'])}"
         print(line)
@@ -182,10 +192,6 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     workloads = chosen_workloads(args)
     if not args.temperature >= 0:
         raise ValueError(f"--temperature is {args.temperature}; it must be at least 0")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no such folder")
-    if args.json and args.json.is_dir():
-        raise ValueError(f"--json {args.json}: it is a folder; name a file")
     check_comparison(args)
     if args.compare:
         shape = args.random_weights or COMPARED_SHAPE
@@ -193,6 +199,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         report = new_report(args, f"{shape}, random weights")
         print_machine(report)
         return compare_engines(args, shape, list(zip(workloads, drawn, strict=True)), report)
+    use_device(args.device)
     model_name, model = chosen_model(args)
     drawn = draw_requests(args, workloads, model)
     report = new_report(args, model_name)
@@ -228,7 +235,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what the options ask for, and write the report.
+    """Run what the options ask for, and print the report.
 
     Returns:
         0; 1 if an engine of a comparison failed.
@@ -237,14 +244,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: What was asked for cannot be done; the message says why.
         OSError: A file cannot be read or written.
     """
-    is_printed = args.json == Path("-")
-    with redirect_stdout(sys.stderr) if is_printed else nullcontext():
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
         report = benchmark(args)
-    text = json.dumps(report, indent=2, default=str) + "\n"
-    if is_printed:
-        print(text, end="")
-    elif args.json:
-        args.json.write_text(text, encoding="utf-8")
+    if args.json:
+        print(json.dumps(report, indent=2, default=str))
     return 1 if failures(report) else 0
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanovllm.benchmarks.engine_options import INTEGER_OPTIONS, OTHER_OPTIONS
 from nanovllm.benchmarks.engine_process import EngineError, EngineProcess, EngineSpec
-from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS, OTHER_OPTIONS
 from nanovllm.benchmarks.plot import draw, require_matplotlib
 from nanovllm.benchmarks.report import Result, engine_table, failures, page, result_of, summarise, workload_table
 from nanovllm.utils.random_requests import Requests, Workload
@@ -232,7 +232,6 @@ def check_comparison(args: argparse.Namespace) -> None:
         "--engine": args.engine != [OURS],
         "--separately": args.separately,
         "--model (use --random-weights)": args.model,
-        "--json (use --out)": args.json,
         "--hf-batch-size": args.hf_batch_size,
         "--quantization (use nanovllm-int8)": args.quantization,
         f"--device {args.device}": args.device not in ("auto", "cpu"),

@@ -96,7 +96,7 @@ class HFContinuousEngine(HFEngine):
         # Token -1 never comes: every request runs to its full length.
         config = transformers.GenerationConfig(max_new_tokens=longest, eos_token_id=-1, **self.options)
         self.manager = self.model.init_continuous_batching(generation_config=config, **options)
-        if self.device == "cuda" and hasattr(self.manager, "warmup"):
+        if self.device.startswith("cuda") and hasattr(self.manager, "warmup"):
             self.manager.warmup()
         self.manager.start()
         self.startup_seconds += time.perf_counter() - start
@@ -134,6 +134,6 @@ def pick_device(device: str) -> str:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(name for name in present if present[name])
-    if not present[device]:
+    if not present[device.partition(":")[0]]:
         raise ValueError(f"--device {device}: this machine, or this build of torch, has none")
     return device

@@ -9,25 +9,12 @@ from typing import Any
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.benchmarks.engine_options import INTEGER_OPTIONS, OTHER_OPTIONS
 from nanovllm.benchmarks.workloads import check_lengths, gib
 from nanovllm.utils.random_requests import Requests
+from nanovllm.utils.text import counted
 from nanovllm.utils.threads import ThreadLimit
 
-INTEGER_OPTIONS = (  # passed on as they are
-    "tensor_parallel_size",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "kvcache_block_size",
-    "num_kvcache_blocks",
-)
-OTHER_OPTIONS = (
-    "attention_backend",
-    "quantization",
-    "gpu_memory_utilization",
-    "enforce_eager",
-    "enable_prefix_caching",
-)
 COUNTERS = ("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds", "num_preemptions")
 
 
@@ -51,7 +38,7 @@ class NanovllmEngine:
 
     def describe(self) -> str:
         m = self.llm.get_metrics()
-        blocks = f"{m['num_kvcache_blocks']} KV blocks of {m['kvcache_block_size']} tokens"
+        blocks = f"{counted(m['num_kvcache_blocks'], 'KV block')} of {m['kvcache_block_size']} tokens"
         where = f"{m['device']}, {m['dtype']}, attention {m['attention_backend']}"
         where += f", {m['quantization']}" if m["quantization"] else ""
         return f"{blocks} ({gib(m['kvcache_bytes'])}), {where}"

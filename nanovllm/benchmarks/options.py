@@ -1,18 +1,15 @@
-"""The options of ``bench.py`` and ``nanovllm bench``. Needs no other engine, so that help is given at once."""
+"""The options of ``bench.py`` and ``nanovllm bench``. Imports no engine, so that help is given at once."""
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from nanovllm.benchmarks.compare import COMPARED_SHAPE, compared_names
-from nanovllm.benchmarks.nanovllm_engine import INTEGER_OPTIONS
+from nanovllm.benchmarks.engine_options import INTEGER_OPTIONS
 from nanovllm.benchmarks.workloads import PRESETS
-from nanovllm.utils.random_checkpoint import SHAPES, default_cache
+from nanovllm.utils.options import add_device_option, told
 from nanovllm.utils.random_requests import Workload, length_range, whole_number
-
-Value = TypeVar("Value")
+from nanovllm.utils.random_shapes import SHAPES, default_cache
 
 ENGINE_NAMES = ("nanovllm", "one-rank", "hf", "hf-cb")
 SUMMARY = "output tokens a second on random token ids, every request run to its full length"
@@ -21,7 +18,7 @@ EXAMPLES = """\
 {command} --preset mini --random-weights qwen3-0.6b    # a published shape: about half a minute
 {command} --preset mini --random-weights qwen3-0.6b --engine nanovllm,hf --repeats 3
 {command} --random-weights qwen3-0.6b --engine nanovllm,hf-cb --separately
-{command} --model PATH --workload 64:16-64:16-64 --workload 32:1-16:32-32:1024 --json results.json
+{command} --model PATH --workload 64:16-64:16-64 --workload 32:1-16:32-32:1024 --json > results.json
 {command} --random-weights qwen3-0.6b --tensor-parallel-size 2 --engine nanovllm,one-rank
 {command} --preset mini --compare vllm,openvino,llama,hf --peers DIR --repeats 3"""
 TURNS = """\
@@ -38,18 +35,6 @@ def engine_names(text: str) -> list[str]:
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} names an engine twice")
     return names
-
-
-def told(parse: Callable[[str], Value]) -> Callable[[str], Value]:
-    """``parse`` as an option's type: argparse shows the message of an ArgumentTypeError, but not a ValueError's."""
-
-    def parsed(text: str) -> Value:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parsed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--weights-cache", type=Path, default=default_cache(), metavar="DIR", help=cache_help)
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add_device_option(group)
 
     add = parser.add_argument_group("run").add_argument
     engine_help = (
@@ -90,12 +75,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--engine", type=engine_names, default=["nanovllm"], metavar="NAME[,NAME]", help=engine_help)
     add("--separately", action="store_true", help="close each engine before the next is opened, instead of turns")
     add("--repeats", type=count, default=1, metavar="N", help="report medians (default: 1)")
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write all figures, versions and hardware here; - prints them, and the rest to stderr",
-    )
+    json_help = "print all figures, versions and hardware as JSON, and nothing else, to stdout"
+    add("--json", action="store_true", help=json_help)
     add("--hf-batch-size", type=count, metavar="N", help="(default: all of a workload's requests)")
 
     add = parser.add_argument_group("comparison", "with engines that tools/setup_peers.py has set up").add_argument

@@ -6,6 +6,7 @@ from typing import Any
 
 from nanovllm.benchmarks.workloads import gib
 from nanovllm.utils.random_requests import Requests, Workload
+from nanovllm.utils.text import counted
 
 Result = dict[str, Any]
 
@@ -46,7 +47,7 @@ def failures(report: Result) -> list[str]:
 def workload_table(entry: Result, ours: Sequence[str]) -> str:
     """An entry of ``summarise`` in Markdown: seconds, output tok/s, and how many times the engine's speed ours is."""
     rounds = max((len(result["seconds"]) for result in entry["results"].values()), default=0)
-    tokens = f"{entry['prompt_tokens']:,} prompt + {entry['output_tokens']:,} output tokens"
+    tokens = f"{entry['prompt_tokens']:,} prompt + {counted(entry['output_tokens'], 'output token', ',')}"
     spread_head = ["fastest - slowest"] if rounds > 1 else []
     head = ["", "seconds", *spread_head, "output tok/s", *(f"{own} / it" for own in ours)]
     rows = []
@@ -59,7 +60,7 @@ def workload_table(entry: Result, ours: Sequence[str]) -> str:
         ratios = [entry["ratios"].get(f"{own}/{name}") for own in ours]
         cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         rows.append([name, f"{result['median_seconds']:.2f}", *spread, rate, *cells])
-    measured = f", medians of {rounds} rounds" if rounds > 1 else ""
+    measured = f", medians of {counted(rounds, 'round')}" if rounds > 1 else ""
     return f"**{entry['workload']}** ({tokens}{measured})\n\n{_table(head, rows)}"
 
 
@@ -78,7 +79,8 @@ def engine_table(engines: dict[str, Result]) -> str:
 def page(report: Result) -> str:
     """A comparison in Markdown."""
     machine, software = report["hardware"], report["versions"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {gib(machine['ram_bytes'])} RAM"
+    parts = f"{counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}"
+    where = f"{machine['cpu']}, {parts}, {gib(machine['ram_bytes'])} RAM"
     head = (
         f"{report['model']}; {where}; commit {software['commit']}; {report['date'][:10]}.\n\n"
         "In every round each engine runs a workload once, while the others hold still. Ratios say how many times an "

@@ -12,8 +12,10 @@ from nanovllm.cli.options import (
     add_sampling_options,
     model_arguments,
     sampling_arguments,
+    sampling_params,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
     from nanovllm.cli.chat_session import ChatSession
@@ -47,17 +49,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import dataclasses
+    given = sampling_arguments(args)
 
     from nanovllm.cli.chat_session import ChatSession
     from nanovllm.llm import LLM
-    from nanovllm.sampling_params import SamplingParams
 
-    given = sampling_arguments(args)
-    SamplingParams(**given)  # checked before the model is loaded
     is_terminal = sys.stdin.isatty()
     with LLM(**model_arguments(args)) as llm:
-        params = dataclasses.replace(llm.get_default_sampling_params(), **{"max_tokens": None, **given})
+        params = sampling_params(llm, {"max_tokens": None, **given})
         session = ChatSession(llm, params, dict(args.chat_template_kwargs or {}), args.system)
         chat = Chat(session, is_terminal)
         if args.think is not None and (refused := chat.think(args.think)):
@@ -136,7 +135,7 @@ class Chat:
             return
         kept = len(self.session.history) > known
         if len(self.session.turns) > turns and self.session.turns[-1].finish_reason == "length":
-            print(f"(cut off after {self.session.turns[-1].output_tokens} tokens: {self._why_cut()})")
+            print(f"(cut off after {counted(self.session.turns[-1].output_tokens, 'token')}: {self._why_cut()})")
         if not kept:
             print("(no answer: the conversation goes on as if this had not been asked)")
 
@@ -228,13 +227,14 @@ class Chat:
         prompts = sum(one.prompt_tokens for one in session.turns)
         found = sum(one.cached_tokens or 0 for one in session.turns)
         metrics = session.llm.get_metrics()
-        blocks = f"{metrics['num_kvcache_blocks']} KV blocks of {metrics['kvcache_block_size']} tokens"
+        blocks = f"{counted(metrics['num_kvcache_blocks'], 'KV block')} of {metrics['kvcache_block_size']} tokens"
         return (
-            f"last turn     {turn.prompt_tokens} prompt tokens ({cached}) + {turn.output_tokens} output tokens in "
+            f"last turn     {counted(turn.prompt_tokens, 'prompt token')} ({cached}) + "
+            f"{counted(turn.output_tokens, 'output token')} in "
             f"{turn.seconds:.2f} s ({speed:.0f} output tok/s){first}; ended: {turn.finish_reason}\n"
-            f"all {len(session.turns)} turns   {prompts} prompt tokens, {found} of them "
+            f"so far        {counted(len(session.turns), 'turn')}: {counted(prompts, 'prompt token')}, {found} of them "
             f"({100 * found / max(prompts, 1):.0f}%) from the cache; "
-            f"{sum(one.output_tokens for one in session.turns)} output tokens\n"
-            f"room          {len(session.history) // 2} turns are remembered; "
+            f"{counted(sum(one.output_tokens for one in session.turns), 'output token')}\n"
+            f"room          remembered: {counted(len(session.history) // 2, 'turn')}; "
             f"the last took {turn.prompt_tokens + turn.output_tokens} of {limit} tokens; {blocks}"
         )

@@ -9,6 +9,7 @@ from typing import Any
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.text import counted
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -112,7 +113,8 @@ class ChatSession:
         length, limit = len(prompt["prompt_token_ids"]), self.llm.engine.max_model_len
         if length >= limit:
             raise ContextFullError(
-                f"with this message the conversation has {length} tokens, and max_model_len is {limit}, answer included"
+                f"with this message the conversation has {counted(length, 'token')}, and max_model_len is "
+                f"{limit}, answer included"
             )
         turn = Turn(length)
         answer: list[str] = []

@@ -1,11 +1,19 @@
 """``nanovllm compare``: the engine against transformers, layer by layer, or against itself with other settings."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from nanovllm.cli.options import add_command, add_model_options, model_arguments, read_text
+from nanovllm.cli.options import (
+    add_command,
+    add_json_option,
+    add_model_options,
+    json_alone,
+    model_arguments,
+    print_json,
+    read_text,
+)
+from nanovllm.utils.options import add_device_option
 
 # A comparison needs room for one prompt, not for all of a machine's memory.
 DEFAULT_MAX_NUM_SEQS = 4
@@ -28,7 +36,8 @@ def add_parser(commands: Any) -> None:
     add("--prompt-file", metavar="FILE", help="the prompt is this file's text")
     add("--token-ids", metavar="IDS", help="the prompt is these token ids, as in 12,7,30")
     add("--max-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (default: 16)")
-    add = parser.add_argument_group("what to compare").add_argument
+    group = parser.add_argument_group("what to compare")
+    add = group.add_argument
     add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of LLM, such as dtype=bfloat16")
     add(
         "--against",
@@ -36,10 +45,10 @@ def add_parser(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="compare with these settings (none: as it is), not transformers",
     )
-    add("--reference-device", default="cpu", metavar="DEVICE", help="where transformers runs (default: cpu)")
+    add_device_option(group, "--reference-device", "cpu", "where transformers runs: ")
     add("--tolerance", type=float, metavar="X", help="of log-probabilities, with --against (default: by dtype)")
     add("--verbose", action="store_true", help="show every operation, weight and position")
-    add("--json", action="store_true", help="print everything as JSON")
+    add_json_option(parser, "everything")
     add_model_options(parser, samples=False)
     parser.set_defaults(run=run)
 
@@ -66,8 +75,12 @@ def run(args: argparse.Namespace) -> int:
     if against is not None:
         from nanovllm.diagnostics.compare_report import settings_json, settings_text
 
-        found = compare_settings(arguments, settings, against, token_ids, args.max_tokens, args.tolerance)
-        print(json.dumps(settings_json(found)) if args.json else settings_text(found, args.verbose))
+        with json_alone(args):
+            found = compare_settings(arguments, settings, against, token_ids, args.max_tokens, args.tolerance)
+        if args.json:
+            print_json(settings_json(found), indent=None)
+        else:
+            print(settings_text(found, args.verbose))
         return int(found.departs())
 
     from nanovllm.diagnostics.compare import check_ranks, compare
@@ -77,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
 
     shared = {**arguments, **settings}
     check_ranks(shared["tensor_parallel_size"])
-    with without_kernels(shared.pop(DISABLE, "")), LLM(**shared) as llm:
+    with json_alone(args), without_kernels(shared.pop(DISABLE, "")), LLM(**shared) as llm:
         compared = compare(llm, token_ids, args.max_tokens, args.reference_device)
-    print(json.dumps(comparison_json(compared)) if args.json else comparison_text(compared, args.verbose))
+    if args.json:
+        print_json(comparison_json(compared), indent=None)
+    else:
+        print(comparison_text(compared, args.verbose))
     return int(compared.departs())

@@ -1,11 +1,11 @@
 """``nanovllm download``: a checkpoint from the Hugging Face hub."""
 
 import argparse
-import json
 import sys
 from typing import Any
 
-from nanovllm.cli.options import add_command
+from nanovllm.cli.options import add_command, add_json_option, print_json
+from nanovllm.utils.text import counted
 
 
 def add_parser(commands: Any) -> None:
@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     add("repository", metavar="REPO", help="OWNER/NAME")
     add("--revision", metavar="R", help="a branch, tag or commit (default: the main branch)")
     add("--local-dir", metavar="DIR", help="the folder (default: NAME, in this one)")
-    add("--json", action="store_true", help="print path, revision, architecture and files as JSON")
+    add_json_option(parser, "path, revision, architecture and files")
     parser.set_defaults(run=run)
 
 
@@ -45,10 +45,11 @@ def run(args: argparse.Namespace) -> int:
             "bytes": total,
             "files": found.files,
         }
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
         print(
-            f"{found.path}: {found.architecture}, {len(found.files)} files of {total / 1e9:.2f} GB, complete "
+            f"{found.path}: {found.architecture}, {counted(len(found.files), 'file')} of {total / 1e9:.2f} GB, "
+            "complete "
             f"(revision {found.revision[:10]}). To talk with it: nanovllm chat --model {found.path}"
         )
     return 0

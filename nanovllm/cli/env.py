@@ -1,10 +1,10 @@
 """``nanovllm env``: what this machine has, and what works on it."""
 
 import argparse
-import json
 from typing import Any
 
-from nanovllm.cli.options import add_command
+from nanovllm.cli.options import add_command, add_json_option, print_json
+from nanovllm.utils.text import counted
 
 GIB = 2**30
 
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         "defect.",
         "nanovllm env\nnanovllm env --json > environment.json",
     )
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    add_json_option(parser, "all of it")
     parser.set_defaults(run=run)
 
 
@@ -27,7 +27,10 @@ def run(args: argparse.Namespace) -> int:
     from nanovllm.diagnostics.machine import machine_report
 
     report = machine_report()
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
+    if args.json:
+        print_json(report)
+    else:
+        print(as_text(report))
     return 0
 
 
@@ -56,7 +59,8 @@ def _machine(report: dict[str, Any]) -> str:
         "machine",
         {
             "platform": system["platform"],
-            "processor": f"{system['cpu']}, {system['cores']} cores, {system['logical_cpus']} logical CPUs",
+            "processor": f"{system['cpu']}, {counted(system['cores'], 'core')}, "
+            f"{counted(system['logical_cpus'], 'logical CPU')}",
             "memory": f"{available}{limited}",
             "threads": f"{threads['in_a_step']} in a step on the CPU: {threads['why']}",
         },

@@ -1,27 +1,30 @@
 """``nanovllm generate``: complete prompts given on the command line."""
 
 import argparse
-import json
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.options import (
+    add_chat_option,
     add_command,
+    add_json_option,
     add_model_options,
     add_sampling_options,
+    chat_prompt,
+    check_template_options,
     model_arguments,
+    print_json,
     sampling_arguments,
-    template_arguments,
+    sampling_params,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
     from nanovllm.outputs import RequestOutput
     from nanovllm.sampling_params import SamplingParams
-
-MORE_SAMPLING = ("n", "stop", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens")
 
 
 def add_parser(commands: Any) -> None:
@@ -38,9 +41,9 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("prompts", metavar="PROMPT", nargs="+", help="text to complete; - reads it from stdin")
-    add("--chat", action="store_true", help="take each prompt as a user's message, through the chat template")
+    add_chat_option(parser)
     add("--system", metavar="TEXT", help="a system message before it (with --chat)")
-    add("--json", action="store_true", help="print texts, token ids, finish reasons and counts as JSON")
+    add_json_option(parser, "texts, token ids, finish reasons and counts")
     add_model_options(parser)
     add_sampling_options(parser)
     add = parser.add_argument_group("more sampling").add_argument
@@ -52,7 +55,7 @@ def add_parser(commands: Any) -> None:
     add("--frequency-penalty", type=float, metavar="X", help="against them once for each time, -2 to 2")
     add("--repetition-penalty", type=float, metavar="X", help="against tokens that prompt or output hold; 1 is none")
     add("--min-tokens", type=int, metavar="N", help="no end before so many tokens")
-    add("--ignore-eos", action="store_true", help="generate past the end-of-sequence tokens")
+    add("--ignore-eos", action="store_true", default=None, help="generate past the end-of-sequence tokens")
     parser.set_defaults(run=run)
 
 
@@ -80,25 +83,16 @@ def read_prompts(given: list[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    import dataclasses
+    if args.system is not None and not args.chat:
+        raise ValueError("--system needs --chat: a prompt as it stands has no system message")
+    check_template_options(args)
+    given = sampling_arguments(args)
+    texts = read_prompts(args.prompts)
 
     from nanovllm.llm import LLM
-    from nanovllm.sampling_params import SamplingParams
 
-    if args.system is not None and not args.chat:
-        raise ValueError("--system needs --chat: a plain prompt has no system message")
-    for name in ("chat_template_kwargs", "think"):
-        if getattr(args, name) is not None and not args.chat:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} needs --chat: a plain prompt does not go through the template")
-    given = sampling_arguments(args)
-    given |= {name: value for name in MORE_SAMPLING if (value := getattr(args, name)) is not None}
-    if args.ignore_eos:
-        given["ignore_eos"] = True
-    SamplingParams(**given)  # checked before the model is loaded
-    texts = read_prompts(args.prompts)
     with LLM(**model_arguments(args)) as llm:
-        params = dataclasses.replace(llm.get_default_sampling_params(), **given)
+        params = sampling_params(llm, given)
         prompts = [_chat_prompt(llm, args, text) for text in texts] if args.chat else list(texts)
         start = time.perf_counter()
         if len(prompts) == 1 and params.n == 1 and not args.json:
@@ -109,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         report = _report(llm, texts, outputs, seconds)
         more = _more_room(llm, params, outputs)
     if args.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
     elif len(report["outputs"]) > 1 or params.n > 1:
         _print_all(report)
     print(_summary(report, args, more), file=sys.stderr)
@@ -118,8 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _chat_prompt(llm: "LLM", args: argparse.Namespace, text: str) -> Any:
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    messages = [*system, {"role": "user", "content": text}]
-    return llm.render_chat(messages, chat_template_kwargs=template_arguments(args))[0]
+    return chat_prompt(llm, [*system, {"role": "user", "content": text}], args)
 
 
 def _print_stream(llm: "LLM", prompt: Any, params: "SamplingParams") -> "RequestOutput":
@@ -198,7 +191,8 @@ def _summary(report: dict[str, Any], args: argparse.Namespace, more: str) -> str
     """A line about tokens and speed; ``more`` tells how answers that were cut off get longer."""
     speed = report["output_tokens_per_second"] or 0.0
     parts = [
-        f"{report['prompt_tokens']} prompt + {report['output_tokens']} output tokens in {report['seconds']:.2f} s "
+        f"{report['prompt_tokens']} prompt + {counted(report['output_tokens'], 'output token')} in "
+        f"{report['seconds']:.2f} s "
         f"({speed:.0f} output tok/s)"
     ]
     if report["time_to_first_token_seconds"] is not None:

@@ -1,10 +1,11 @@
 """``nanovllm inspect``: what a checkpoint holds, how the engine understands it, and what is wrong with it."""
 
 import argparse
-import json
+from pathlib import Path
 from typing import Any
 
-from nanovllm.cli.options import add_command, add_model_options, model_arguments
+from nanovllm.cli.options import add_command, add_json_option, add_model_options, model_arguments, print_json
+from nanovllm.demo import DEMO_MODEL_PATH
 
 
 def add_parser(commands: Any) -> None:
@@ -14,11 +15,12 @@ def add_parser(commands: Any) -> None:
         "look into a checkpoint and list what is wrong with it",
         "Show a checkpoint's configuration, parameters, memory, tokenizer and chat template as the engine understands "
         "them, without loading it. Exit code 1 when something is wrong with it: the last section lists the problems.",
-        "nanovllm inspect --model Qwen3-0.6B\n"
-        "nanovllm inspect --model Qwen3-0.6B --section parameters memory --no-statistics\n"
-        "nanovllm inspect --model Qwen3-0.6B --json > report.json",
+        "nanovllm inspect Qwen3-0.6B\n"
+        "nanovllm inspect Qwen3-0.6B --section parameters memory --no-statistics\n"
+        "nanovllm inspect Qwen3-0.6B --json > report.json",
     )
     add = parser.add_argument
+    add("path", nargs="?", metavar="PATH", help="the checkpoint directory; --model PATH says the same")
     add(
         "--section",
         nargs="+",
@@ -27,16 +29,27 @@ def add_parser(commands: Any) -> None:
         "can be a problem",
     )
     add("--no-statistics", action="store_true", help="read the tensors' names, dtypes and shapes, not their numbers")
-    add("--json", action="store_true", help="print JSON")
+    add_json_option(parser, "all of it")
     add_model_options(parser, samples=False)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from nanovllm.diagnostics.inspect import inspect_checkpoint
+    if args.path is not None:
+        if args.model != DEMO_MODEL_PATH:
+            raise ValueError(f"both {args.path} and --model {args.model} are given; inspect looks into one checkpoint")
+        args.model = args.path
+
+    from nanovllm.diagnostics.inspect import SECTIONS, inspect_checkpoint
     from nanovllm.diagnostics.inspect.text import render
 
+    for name in args.section or ():
+        if name not in SECTIONS and Path(name).is_dir():  # argparse takes all that follows --section for sections
+            raise ValueError(f"{name} stands among the sections; name the checkpoint before --section")
     arguments = model_arguments(args)
     found = inspect_checkpoint(arguments.pop("model"), args.section, statistics=not args.no_statistics, **arguments)
-    print(json.dumps(found.to_json(), indent=2) if args.json else render(found))
+    if args.json:
+        print_json(found.to_json())
+    else:
+        print(render(found))
     return 1 if found.problems else 0

@@ -5,16 +5,23 @@ does what it is for and returns the exit code. The modules import what is slow t
 and mistakes are answered at once.
 """
 
+import dis
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
 from nanovllm.cli.options import Parser
 from nanovllm.errors import EngineDeadError
+from nanovllm.utils.logging import LEVEL_VARIABLE
 from nanovllm.version import __version__
 
+# What mistakes of the caller's raise. A TypeError may be one, too: where a raise statement of ours made it.
+MISTAKES = (ValueError, OSError, EngineDeadError)
+DEFECT = "nanovllm: this was not expected; please report it, with the above and what nanovllm env prints"
 # In the order of the help.
 COMMANDS = ("generate", "chat", "batch", "download", "inspect", "compare", "trace", "profile", "bench", "env")
 
@@ -27,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where a subcommand has found what it was to look for, as its help says; 2 for a mistake of
-        the caller's, which is told in one line; 130 after Ctrl-C.
+        the caller's, which is told in one line; 3 for a defect of nanovllm, with its traceback; 130 after Ctrl-C.
 
     Raises:
         SystemExit: The arguments cannot be parsed (2), or help or the version was asked for (0).
@@ -51,12 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # whoever read the output has seen enough
         return 1
-    except (TypeError, ValueError, OSError, EngineDeadError) as error:
-        _tell(f"nanovllm: error: {' '.join(message_of(error).split())}")
-        return 2
     except KeyboardInterrupt:
         _tell("interrupted")
         return 130
+    except Exception as error:
+        return _tell_error(error)
     finally:
         _drop_what_cannot_be_written()
 
@@ -66,6 +72,30 @@ def _replace_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (for the whole process)
+
+
+def _tell_error(error: Exception) -> int:
+    """A mistake in one line; a defect with its traceback, for whoever mends it. Returns the exit code."""
+    is_meant = _is_meant(error)
+    if not isinstance(error, (*MISTAKES, TypeError) if is_meant else MISTAKES):
+        _tell("".join(traceback.format_exception(error)) + DEFECT)
+        return 3
+    is_shown = logging.getLogger("nanovllm").isEnabledFor(logging.DEBUG)
+    if is_shown:
+        _tell("".join(traceback.format_exception(error)).rstrip())
+    hint = "" if is_meant or is_shown or isinstance(error, OSError) else f" ({LEVEL_VARIABLE}=DEBUG shows where)"
+    _tell(f"nanovllm: error: {' '.join(message_of(error).split())}{hint}")
+    return 2
+
+
+def _is_meant(error: Exception) -> bool:
+    """Whether a raise statement of ours made it: then its message is for the user, and says it all."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "nanovllm":
+        return False
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _tell(message: str) -> None:

@@ -1,13 +1,22 @@
 """Options that several subcommands share, and the parser they are added to."""
 
 import argparse
+import dataclasses
 import difflib
 import json
+import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.options import add_device_option
+
+if TYPE_CHECKING:
+    from nanovllm.llm import LLM
+    from nanovllm.sampling_params import SamplingParams
 
 TOGGLES = {"on": True, "off": False}
 
@@ -26,6 +35,8 @@ class Parser(argparse.ArgumentParser):
             if option.startswith("--"):
                 hints += difflib.get_close_matches(option, self._option_string_actions, 1)
         meant = f"; did you mean {', '.join(hints)}?" if hints else ""
+        if not unknown[0].startswith("-") and "--model" in self._option_string_actions:
+            meant += "; a checkpoint is named with --model"
         self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
 
 
@@ -45,10 +56,11 @@ def add_command(commands: Any, name: str, summary: str, description: str, exampl
 
 def add_model_options(parser: argparse.ArgumentParser, samples: bool = True) -> None:
     """Options of every command that loads a model; those of the noise only where the command ``samples``."""
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
+    add = group.add_argument
     add("--model", metavar="PATH", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
     add("--tokenizer", metavar="PATH", help="tokenizer directory (default: the model's)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_device_option(group)
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output together")
     add("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")
@@ -85,16 +97,71 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: str = "64"
     add("--chat-template-kwargs", type=json_object, metavar="JSON", help="as in '{\"enable_thinking\": false}'")
 
 
+SAMPLING = ["max_tokens", "temperature", "top_p", "top_k", "n", "stop", "min_p", "min_tokens", "ignore_eos"]
+SAMPLING += ["presence_penalty", "frequency_penalty", "repetition_penalty"]
+
+
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What SamplingParams is to be given of them."""
-    names = ("max_tokens", "temperature", "top_p", "top_k")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    """What SamplingParams is to be given of the command's options; checked, so that no model is loaded in vain.
+
+    Raises:
+        ValueError: One has no such value.
+    """
+    from nanovllm.sampling_params import SamplingParams
+
+    given = {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
+    SamplingParams(**given)
+    return given
+
+
+def sampling_params(llm: "LLM", given: dict[str, Any]) -> "SamplingParams":
+    """The checkpoint's defaults, and what is ``given`` instead."""
+    return dataclasses.replace(llm.get_default_sampling_params(), **given)
+
+
+def add_chat_option(parser: Any) -> None:
+    """``--chat``, for commands whose prompts are given as text."""
+    chat_help = "take each prompt as a user's message, through the chat template (default: as it stands)"
+    parser.add_argument("--chat", action="store_true", help=chat_help)
+
+
+def check_template_options(args: argparse.Namespace) -> None:
+    """ValueError for options of a chat template where none is used."""
+    for name in ("think", "chat_template_kwargs"):
+        if getattr(args, name) is not None and not args.chat:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} needs --chat: a prompt as it stands does not go through the chat template")
+
+
+def chat_prompt(llm: "LLM", messages: list[dict[str, Any]], args: argparse.Namespace) -> Any:
+    """A conversation as a prompt."""
+    return llm.render_chat(messages, chat_template_kwargs=template_arguments(args) or None)[0]
 
 
 def template_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the chat template is to be given: ``--chat-template-kwargs``, and ``--think`` as Qwen3's names it."""
     thinking = {} if args.think is None else {"enable_thinking": TOGGLES[args.think]}
     return {**(args.chat_template_kwargs or {}), **thinking}
+
+
+def add_json_option(parser: Any, what: str) -> None:
+    """``--json``, which means one thing in every command; ``what`` says what is printed."""
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON, and nothing else, to stdout")
+
+
+@contextmanager
+def json_alone(args: argparse.Namespace) -> Iterator[None]:
+    """With ``--json``, what is printed meanwhile goes to stderr."""
+    if not args.json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(report: Any, indent: int | None = 2) -> None:
+    """Print a report for machines, in ASCII: any console and any pipe keeps it."""
+    print(json.dumps(report, indent=indent, separators=None if indent else (",", ":"), default=str))
 
 
 def read_text(path: str) -> str:

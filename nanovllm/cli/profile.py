@@ -1,13 +1,22 @@
 """``nanovllm profile``: where a step's time goes."""
 
 import argparse
-import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.cli.options import add_command, add_model_options, check_writable, model_arguments
+from nanovllm.cli.options import (
+    add_command,
+    add_json_option,
+    add_model_options,
+    check_writable,
+    json_alone,
+    model_arguments,
+    print_json,
+    sampling_arguments,
+    sampling_params,
+)
+from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
     from nanovllm.diagnostics.step_profile import PhaseProfile, StepProfile
@@ -23,7 +32,7 @@ def add_parser(commands: Any) -> None:
         "graph on CUDA) than the sum of its parts. Run nothing else meanwhile.",
         "nanovllm profile\n"
         "nanovllm profile --model Qwen3-0.6B --batch-size 16 --prompt-len 512 --output-len 64\n"
-        "nanovllm profile --json profile.json --perfetto profile.json.gz",
+        "nanovllm profile --json --perfetto profile.json.gz > profile.json",
     )
     add = parser.add_argument
     add("--batch-size", type=int, default=8, metavar="N", help="requests that run together (default: 8)")
@@ -32,7 +41,7 @@ def add_parser(commands: Any) -> None:
     add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default: the checkpoint's)")
     add("--rounds", type=int, default=3, metavar="N", help="how often everything runs; the fastest counts (default: 3)")
     add("--top", type=int, default=10, metavar="N", help="operations that are listed (default: 10, at most 15)")
-    add("--json", metavar="FILE", help="where to write the figures; - prints them, and the tables to stderr")
+    add_json_option(parser, "the figures")
     add("--perfetto", metavar="FILE", help="a trace for ui.perfetto.dev; compressed if it ends in .gz")
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -46,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output-len is {args.output_len}; it must be at least 2, or nothing is decoded")
     if args.tensor_parallel_size > 1:
         raise ValueError("a profile is of one rank: leave out --tensor-parallel-size")
-    check_writable(args.json, args.perfetto)
+    check_writable(args.perfetto)
+    given = sampling_arguments(args)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to stderr when it starts and stops
 
@@ -58,15 +68,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--top is {args.top}; a profile lists {MOST_OPERATIONS} operations at most")
 
     with LLM(**model_arguments(args)) as llm:
-        params = llm.get_default_sampling_params()
-        if args.temperature is not None:
-            params.temperature = args.temperature
+        params = sampling_params(llm, given)
         profile = profile_steps(llm, args.batch_size, args.prompt_len, args.output_len, args.rounds, params)
-    print(report(profile, args.top), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(json.dumps(profile.to_json(), indent=2))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(profile.to_json(), indent=2) + "\n", encoding="utf-8")
+    with json_alone(args):
+        print(report(profile, args.top))
+    if args.json:
+        print_json(profile.to_json())
     if args.perfetto:
         events = profile.device_events
         if not events:
@@ -74,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
             events = name_events(1, "engine, one operation at a time", {1: "host"})
             events += [slice_event(p.part, "part", p.begin - first, p.end - first, (1, 1)) for p in profile.slices]
         write_trace(args.perfetto, events)
-    for path in filter(lambda path: path not in (None, "-"), (args.json, args.perfetto)):
-        print(f"wrote {path}", file=sys.stderr)
+        print(f"wrote {args.perfetto}", file=sys.stderr)
     return 0
 
 
@@ -83,10 +89,10 @@ def report(profile: "StepProfile", top: int) -> str:
     """The profile as tables."""
     engine = profile.engine
     facts = [engine["device"], engine["dtype"], engine["quantization"], f"{engine['attention_backend']} attention"]
-    facts.append(f"{engine['num_threads']} threads")
+    facts.append(counted(engine["num_threads"], "thread"))
     lines = [
-        f"{profile.batch_size} requests of {profile.prompt_len} prompt and {profile.output_len} output tokens on "
-        + ", ".join(filter(None, facts))
+        f"{counted(profile.batch_size, 'request')} of {profile.prompt_len} prompt and "
+        f"{counted(profile.output_len, 'output token')} on " + ", ".join(filter(None, facts))
     ]
     for name, phase in profile.phases.items():
         lines += ["", *phase_lines(name, phase, engine, top)]
@@ -98,7 +104,8 @@ def phase_lines(name: str, phase: "PhaseProfile", engine: dict[str, Any], top: i
     whole = phase.parts_seconds
     how = f", {engine['decode_steps']}" if name == "decode" else ""
     lines = [
-        f"{name}: {phase.steps} steps of {phase.rows:.0f} rows and {phase.tokens:.0f} tokens, "
+        f"{name}: {counted(phase.steps, 'step')} of {counted(phase.rows, 'row', '.0f')} and "
+        f"{counted(phase.tokens, 'token', '.0f')}, "
         f"{milliseconds(phase.seconds)} ms each"
     ]
     on_device = engine["device"].startswith("cuda")

@@ -3,20 +3,26 @@
 import argparse
 import json
 import sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.options import (
+    add_chat_option,
     add_command,
+    add_json_option,
     add_model_options,
     add_sampling_options,
+    chat_prompt,
+    check_template_options,
     check_writable,
+    json_alone,
     model_arguments,
+    print_json,
     read_text,
     sampling_arguments,
-    template_arguments,
+    sampling_params,
 )
+from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
     from nanovllm.diagnostics.run_record import RunRecord
@@ -36,17 +42,17 @@ def add_parser(commands: Any) -> None:
         "meanwhile; exit code 1 if they were ever wrong.",
         "nanovllm trace\n"
         "nanovllm trace --workload 24:16-64:32-96:32 --num-kvcache-blocks 40 --max-num-seqs 8\n"
-        'nanovllm trace "add 12 and 30" "count from 3 to 9" --perfetto run.json.gz',
+        'nanovllm trace --chat "add 12 and 30" "count from 3 to 9" --perfetto run.json.gz',
     )
     what = parser.add_argument_group(f"what is run (by default --workload {DEFAULT_WORKLOAD})")
+    what.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to complete")
     what.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="questions, asked as chat if the model has a template"
-    )
-    what.add_argument(
-        "--file", metavar="FILE", help='prompts: a line each, or {"prompt": ...} or {"messages": ...} each'
+        "--file",
+        metavar="FILE",
+        help='prompts: a line each, or {"prompt": ...} or (asked as chat) {"messages": ...} each',
     )
     what.add_argument("--workload", metavar="SPEC", help="random token ids, N:LO-HI:LO-HI[:PREFIX]: prompts, outputs")
-    what.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+    add_chat_option(what)
     add_model_options(parser)
     memory = parser.add_argument_group("room, to make it scarce")
     memory.add_argument("--num-kvcache-blocks", type=int, metavar="N", help="blocks of the KV cache")
@@ -57,7 +63,7 @@ def add_parser(commands: Any) -> None:
     out = parser.add_argument_group("what is written")
     out.add_argument("--html", metavar="FILE", default="trace.html", help="the page (default: trace.html)")
     out.add_argument("--perfetto", metavar="FILE", help="for ui.perfetto.dev; compressed if it ends in .gz")
-    out.add_argument("--json", metavar="FILE", help="everything recorded; - prints it, and the summary to stderr")
+    add_json_option(out, "everything recorded")
     out.add_argument("--check", action="store_true", help="check all blocks after every operation, not only its own")
     parser.set_defaults(run=run)
 
@@ -70,22 +76,24 @@ def run(args: argparse.Namespace) -> int:
     spec = args.workload or (None if args.prompts or args.file else DEFAULT_WORKLOAD)
     workload = None if spec is None else Workload.parse(spec)
     requests = read_requests(args.file) if args.file else list(args.prompts)
-    check_options_of_prompts(args, are_random=workload is not None)
-    check_outputs([path for path in (args.html, args.perfetto, args.json) if path and path != "-"])
+    if workload is not None:
+        check_options_of_workload(args)
+    elif all(isinstance(request, str) for request in requests):
+        check_template_options(args)
+    check_outputs([path for path in (args.html, args.perfetto) if path])
+
+    given = sampling_arguments(args)
 
     import dataclasses
 
     from nanovllm.diagnostics.recorder import record
     from nanovllm.llm import LLM
-    from nanovllm.sampling_params import SamplingParams
 
-    given = sampling_arguments(args)
-    SamplingParams(**given)  # checked before the model is loaded
     names = ("num_kvcache_blocks", "kvcache_block_size", "max_num_batched_tokens")
     room = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     room |= {"enable_prefix_caching": False} if args.no_prefix_caching else {}
     with LLM(**model_arguments(args), **room) as llm:
-        params = dataclasses.replace(llm.get_default_sampling_params(), **given)
+        params = sampling_params(llm, given)
         with record(llm, check=args.check) as trace:
             if workload is not None:
                 drawn = workload.draw(args.seed, llm.engine.model_config.vocab_size)
@@ -93,24 +101,21 @@ def run(args: argparse.Namespace) -> int:
                 llm.generate([{"prompt_token_ids": prompt} for prompt in drawn.prompts], each, use_tqdm=False)
             else:
                 ask(llm, requests, params, args)
-    trace.engine["workload"] = spec or f"{len(requests)} prompts"
+    trace.engine["workload"] = spec or counted(len(requests), "prompt")
     write(trace, args)
-    with redirect_stdout(sys.stderr) if args.json == "-" else nullcontext():
+    with json_alone(args):
         print_summary(trace)
-    if args.json == "-":
-        print(json.dumps(trace.to_json(), separators=(",", ":")))
+    if args.json:
+        print_json(trace.to_json(), indent=None)
     return 1 if trace.violations else 0
 
 
-def check_options_of_prompts(args: argparse.Namespace, are_random: bool) -> None:
+def check_options_of_workload(args: argparse.Namespace) -> None:
     """ValueError for an option that would do nothing: those of texts, where token ids are random."""
-    for name in ("raw", "max_tokens", "think", "chat_template_kwargs"):
-        if are_random and getattr(args, name) not in (None, False):
+    for name in ("chat", "max_tokens", "think", "chat_template_kwargs"):
+        if getattr(args, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} needs prompts or --file: a workload is of token ids and says its lengths")
-    for name in ("think", "chat_template_kwargs"):
-        if args.raw and getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect with --raw: there is no chat template")
 
 
 def check_outputs(paths: list[str]) -> None:
@@ -119,7 +124,7 @@ def check_outputs(paths: list[str]) -> None:
     resolved = [Path(path).resolve() for path in paths]
     twice = [path for path, file in zip(paths, resolved, strict=True) if resolved.count(file) > 1]
     if twice:
-        raise ValueError(f"{' and '.join(twice)} are one file; give --html, --perfetto and --json a file each")
+        raise ValueError(f"{' and '.join(twice)} are one file; give --html and --perfetto a file each")
 
 
 def read_requests(path: str) -> list[Any]:
@@ -150,26 +155,19 @@ def read_requests(path: str) -> list[Any]:
 
 
 def ask(llm: "LLM", requests: list[Any], params: "SamplingParams", args: argparse.Namespace) -> None:
-    """Run prompts all together; as chat where they are conversations, or can be."""
-    raw = args.raw or not getattr(llm.engine.tokenizer, "chat_template", None)
-    if raw:
-        conversations = [request for request in requests if not isinstance(request, str)]
-        if conversations:
-            raise ValueError("messages need a chat template, and this tokenizer has none (or --raw was given)")
-        llm.generate(requests, params, use_tqdm=False)
-        return
-    chats = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in requests]
-    llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=template_arguments(args) or None)
+    """Run prompts all together; as chat where they are conversations, or are to be."""
+    prompts = []
+    for request in requests:
+        if isinstance(request, str) and args.chat:
+            request = [{"role": "user", "content": request}]
+        prompts.append(request if isinstance(request, str) else chat_prompt(llm, request, args))
+    llm.generate(prompts, params, use_tqdm=False)
 
 
 def write(trace: "RunRecord", args: argparse.Namespace) -> None:
     """Write the files that were asked for, and say which; one that fails does not keep the others from it."""
     written, failed = [], []
-    for path, how in (
-        (args.html, trace.write_html),
-        (args.perfetto, trace.write_perfetto),
-        (None if args.json == "-" else args.json, trace.write_json),
-    ):
+    for path, how in ((args.html, trace.write_html), (args.perfetto, trace.write_perfetto)):
         if path:
             try:
                 how(path)
@@ -186,16 +184,18 @@ def print_summary(trace: "RunRecord") -> None:
     """What happened, in a few lines."""
     totals, engine = trace.totals(), trace.engine
     print(
-        f"{totals['sequences']} sequences in {totals['steps']} steps and {totals['seconds']:.2f} s: "
-        f"{totals['prefill_tokens']} prefill + {totals['decode_tokens']} decode tokens, "
+        f"{counted(totals['sequences'], 'sequence')} in {counted(totals['steps'], 'step')} and "
+        f"{totals['seconds']:.2f} s: "
+        f"{totals['prefill_tokens']} prefill + {counted(totals['decode_tokens'], 'decode token')}, "
         f"{totals['output_tokens']} sampled"
     )
     print(
-        f"KV cache: {totals['peak_blocks_held']} of {engine['num_blocks']} blocks of {engine['block_size']} held at "
-        f"most; {totals['blocks_shared']} shared by {totals['prefix_hits']} prefix hits "
-        f"({totals['prefix_hit_tokens']} tokens), {totals['blocks_evicted']} evicted"
+        f"KV cache: {totals['peak_blocks_held']} of {counted(engine['num_blocks'], 'block')} of "
+        f"{engine['block_size']} held at "
+        f"most; {totals['blocks_shared']} shared by {counted(totals['prefix_hits'], 'prefix hit')} "
+        f"({counted(totals['prefix_hit_tokens'], 'token')}), {totals['blocks_evicted']} evicted"
     )
-    print(f"queue: {totals['longest_queue']} waited at most; {totals['preemptions']} preemptions")
+    print(f"queue: {totals['longest_queue']} waited at most; {counted(totals['preemptions'], 'preemption')}")
     for violation in trace.violations:
         print(f"the block manager's books are wrong: {violation}")
     if not trace.violations:

@@ -11,6 +11,7 @@ from nanovllm.diagnostics.compare_tokens import TokenComparison, compare_tokens
 from nanovllm.diagnostics.compare_trace import fused_attributes, record
 from nanovllm.diagnostics.compare_weights import WeightComparison, compare_weights
 from nanovllm.llm import LLM
+from nanovllm.utils.text import counted
 
 # Tokens after the prompt whose operations are compared too.
 NUM_DECODED = 2
@@ -131,7 +132,8 @@ def compare(
     room = llm.engine.max_model_len - len(token_ids)
     if room < 1:
         raise ValueError(
-            f"the prompt has {len(token_ids)} tokens; max_model_len is {llm.engine.max_model_len}, prompt and output "
+            f"the prompt has {counted(len(token_ids), 'token')}; max_model_len is {llm.engine.max_model_len}, "
+            "prompt and output "
             "together (raise max_model_len or shorten the prompt)"
         )
     max_tokens = min(max_tokens, room)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from nanovllm.diagnostics.compare_reference import Redone
+from nanovllm.utils.text import counted
 
 # Weights of attention below this may be lost in rounding, so their absence says nothing.
 SMALL_WEIGHT = 1e-4
@@ -43,7 +44,7 @@ def find_mask(found: torch.Tensor, expected: torch.Tensor) -> tuple[list[str], s
             else:
                 line += "#" if attends[query, key] else "+"
         lines.append(line)
-    wrong = [f"{places[0]} ({len(places)} such pairs)" for places in (early, late) if places]
+    wrong = [f"{places[0]} ({counted(len(places), 'such pair')})" for places in (early, late) if places]
     return lines, "the mask is wrong: " + "; ".join(wrong) if wrong else ""
 
 

@@ -9,6 +9,7 @@ from nanovllm.diagnostics.compare_layers import Error, OperationResult
 from nanovllm.diagnostics.compare_settings import SettingsComparison, place_of
 from nanovllm.diagnostics.compare_tokens import TokenComparison
 from nanovllm.diagnostics.compare_weights import WeightComparison
+from nanovllm.utils.text import counted
 
 # Longest prompt whose mask is drawn.
 MOST_DRAWN_TOKENS = 64
@@ -20,7 +21,8 @@ def comparison_text(comparison: Comparison, verbose: bool = False) -> str:
     lines = [found.summary(), ""]
     kernels = "fused kernels" if found.has_fused_kernels else "no fused kernels"
     lines.append(
-        f"{len(found.token_ids)} prompt tokens, {found.dtype} on {found.device}, attention {found.backend}, {kernels}; "
+        f"{counted(len(found.token_ids), 'prompt token')}, {found.dtype} on {found.device}, attention "
+        f"{found.backend}, {kernels}; "
         "against transformers"
     )
     wrong = [result for result in found.layers.results if result.departs]
@@ -63,7 +65,9 @@ def settings_text(comparison: SettingsComparison, verbose: bool = False) -> str:
     ):
         told = ", ".join(f"{key}={value}" for key, value in settings.items()) or "as it is"
         cached = answers[1].num_cached_tokens
-        lines.append(f"{name} ({told}): {cached} of {len(found.token_ids)} prompt tokens cached when it came again")
+        lines.append(
+            f"{name} ({told}): {cached} of {counted(len(found.token_ids), 'prompt token')} cached when it came again"
+        )
         lines.append(f"  tokens {answers[0].token_ids}")
         lines += [f"  text   {text!r}"] if text else []
         if not cached and settings.get("enable_prefix_caching", True):
@@ -198,13 +202,14 @@ def _tokens(tokens: TokenComparison) -> list[str]:
 def _weights(weights: list[WeightComparison], verbose: bool) -> list[str]:
     wrong = [weight for weight in weights if not weight.equal]
     lines = [
-        f"weights: {len(weights) - len(wrong)} of {len(weights)} tensors of the checkpoint are what the engine has"
+        f"weights: {len(weights) - len(wrong)} of {counted(len(weights), 'tensor')} of the checkpoint are what "
+        "the engine has"
     ]
     for weight in weights if verbose else wrong:
         told = (
             "equal"
             if weight.equal
-            else f"DIFFERS by up to {weight.difference:.3g} in {weight.differing} elements; {weight.hint}"
+            else f"DIFFERS by up to {weight.difference:.3g} in {counted(weight.differing, 'element')}; {weight.hint}"
         )
         lines.append(
             f"  {weight.name} {weight.shape}: mean {weight.mean:.3g}, std {weight.std:.3g}, "

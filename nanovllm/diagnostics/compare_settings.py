@@ -33,7 +33,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """``name=value`` pairs of the engine's arguments, and ``disable=kernel,kernel``.
 
     Raises:
-        ValueError: One is no such pair, or its value cannot be read.
+        ValueError: One is no such pair, its value cannot be read, or there is no such kernel.
         TypeError: There is no such argument; the message names the nearest.
     """
     fields = {one.name: one for one in dataclasses.fields(EngineConfig)}
@@ -44,6 +44,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"{pair!r} is not name=value, such as attention_backend=matmul")
         if name == DISABLE:
+            kernels.feature_names(text, f"{DISABLE}={text}")
             found[name] = text
             continue
         if name not in fields:

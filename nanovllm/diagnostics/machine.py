@@ -17,7 +17,7 @@ from nanovllm.utils import threads
 from nanovllm.utils.cgroups import cpu_quota, memory_left
 from nanovllm.utils.environment import hardware, versions
 from nanovllm.utils.memory import available_cpu_memory, free_memory
-from nanovllm.utils.random_checkpoint import default_cache
+from nanovllm.utils.random_shapes import default_cache
 
 PACKAGES = (
     "transformers",

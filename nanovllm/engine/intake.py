@@ -10,6 +10,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.tokenizer import encode_words
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.model_config import ModelConfig
+from nanovllm.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,8 @@ class Intake:
             )
         if length >= longest:
             raise ValueError(
-                f"{name} has {length} tokens; max_model_len is {self.max_model_len}, prompt and output together "
+                f"{name} has {counted(length, 'token')}; max_model_len is {self.max_model_len}, prompt and "
+                "output together "
                 "(raise max_model_len or shorten the prompt)"
             )
         limit = longest - length
@@ -194,7 +196,8 @@ class Intake:
             manager = self.scheduler.block_manager
             blocks = manager.blocks_needed(length + limit - 1)
             raise ValueError(
-                f"{name} has {length} tokens and may generate {limit}, which takes {blocks} KV blocks of "
+                f"{name} has {counted(length, 'token')} and may generate {limit}, which takes "
+                f"{counted(blocks, 'KV block')} of "
                 f"{manager.block_size} tokens; the cache has {manager.num_blocks} (raise num_kvcache_blocks, lower "
                 "max_tokens or shorten the prompt)"
             )

@@ -29,6 +29,7 @@ from nanovllm.models.registry import get_model_class
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.model_config import load_model_config
+from nanovllm.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +92,11 @@ class LLMEngine:
         self._closed = False
         self.counters.startup_seconds = time.perf_counter() - started
         logger.info(
-            "ready in %.2f s: %s on %s, %d threads on the host, %s attention, %d KV blocks of %d tokens (%.1f MiB)",
+            "ready in %.2f s: %s on %s, %s on the host, %s attention, %d KV blocks of %d tokens (%.1f MiB)",
             self.counters.startup_seconds,
             self.runner.dtype,
             self.runner.device,
-            self.runner.num_threads(),
+            counted(self.runner.num_threads(), "thread"),
             self.runner.attention.name,
             self.runner.num_kvcache_blocks,
             self.runner.block_size,

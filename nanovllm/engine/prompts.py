@@ -4,6 +4,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanovllm.utils.text import kind_of
 from nanovllm.utils.validation import check_int
 
 Prompt = str | list[int] | Mapping[str, Any]
@@ -18,9 +19,7 @@ def as_prompt_list(prompts: Any, name: str = "prompts") -> list[Any]:
     if isinstance(prompts, str):  # numpy's
         return [prompts]
     if not _is_list(prompts):
-        raise TypeError(
-            f"{name} is a {type(prompts).__name__}; pass a string, a list of token ids, or a list of prompts"
-        )
+        raise TypeError(f"{name} is {kind_of(prompts)}; pass a string, a list of token ids, or a list of prompts")
     if prompts and all(isinstance(_plain(token), numbers.Integral) for token in prompts):
         return [list(prompts)]
     return list(prompts)
@@ -60,7 +59,7 @@ def parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
 def check_text(name: str, text: Any) -> None:
     """TypeError if it is no string, ValueError if it is not valid Unicode."""
     if not isinstance(text, str):
-        raise TypeError(f"{name} is a {type(text).__name__}; it must be a string")
+        raise TypeError(f"{name} is {kind_of(text)}; it must be a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -78,7 +77,7 @@ def _encoded_ids(name: str, encoding: Mapping[str, Any]) -> list[int]:
 def _token_ids(name: str, ids: Any) -> list[int]:
     ids = _plain(ids)
     if not _is_list(ids):
-        raise TypeError(f"{name} is a {type(ids).__name__}; it must be a string, a list of token ids or a dictionary")
+        raise TypeError(f"{name} is {kind_of(ids)}; it must be a string, a list of token ids or a dictionary")
     ids = list(ids)
     if set(map(type, ids)) <= {int}:  # as nearly always: prompts are long
         return ids

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.text import counted
 
 
 @dataclass(slots=True)
@@ -74,8 +75,10 @@ class StepPlan:
             for slot, start, length, sample in zip(self.slots, self.starts, self.lengths, self.samples, strict=True)
         )
         return (
-            f"{self.num_tokens} tokens of {len(self.slots)} sequences; entered {[e.slot for e in self.entered]}, "
-            f"released {self.released}, {len(self.appended_blocks)} new blocks; rows slot:start+length [{rows}]"
+            f"{counted(self.num_tokens, 'token')} of {counted(len(self.slots), 'sequence')}; entered "
+            f"{[e.slot for e in self.entered]}, "
+            f"released {self.released}, {counted(len(self.appended_blocks), 'new block')}; rows "
+            f"slot:start+length [{rows}]"
         )
 
 

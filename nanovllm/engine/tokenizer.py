@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypedDict
 
+from nanovllm.utils.text import kind_of
+
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -68,8 +70,7 @@ def as_conversations(messages: Any) -> list[tuple[str, Any]]:
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise TypeError(
-            f"messages is a {type(messages).__name__}; pass a list of {{'role': ..., 'content': ...}}, or a list of "
-            "such lists"
+            f"messages is {kind_of(messages)}; pass a list of {{'role': ..., 'content': ...}}, or a list of such lists"
         )
     given = list(messages)
     if given and isinstance(given[0], Mapping):
@@ -85,11 +86,11 @@ def check_conversation(name: str, conversation: Any) -> list[dict[str, Any]]:
         ValueError: It is empty, or a message lacks its role.
     """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Iterable):
-        raise TypeError(f"{name} is a {type(conversation).__name__}; it must be a list of messages")
+        raise TypeError(f"{name} is {kind_of(conversation)}; it must be a list of messages")
     checked = []
     for index, message in enumerate(conversation):
         if not isinstance(message, Mapping):
-            raise TypeError(f"{name}[{index}] is a {type(message).__name__}; it must be a dictionary with 'role'")
+            raise TypeError(f"{name}[{index}] is {kind_of(message)}; it must be a dictionary with 'role'")
         if not isinstance(message.get("role"), str):
             raise ValueError(f"{name}[{index}] has no 'role'; use 'system', 'user', 'assistant' or 'tool'")
         if "content" not in message and "tool_calls" not in message:

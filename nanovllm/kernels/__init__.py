@@ -51,12 +51,18 @@ CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 def is_enabled(feature: str) -> bool:
     """Whether the environment does not switch ``feature`` off; ValueError if it names one that there is not."""
-    disabled = os.environ.get(DISABLE_VARIABLE, "").replace(",", " ").split()
-    known = dict.fromkeys((*FEATURES, *CPU_KERNELS, *GROUPS))
-    for name in disabled:
-        if name not in known:
-            raise ValueError(f"{DISABLE_VARIABLE} names {name!r}; it may name {', '.join(known)}")
+    disabled = feature_names(os.environ.get(DISABLE_VARIABLE, ""), DISABLE_VARIABLE)
     return not any(feature in GROUPS.get(name, (name,)) for name in disabled)
+
+
+def feature_names(text: str, where: str) -> list[str]:
+    """What ``text`` names to be switched off; ValueError, which says ``where`` it stands, for what there is not."""
+    names = text.replace(",", " ").split()
+    known = dict.fromkeys((*FEATURES, *CPU_KERNELS, *GROUPS))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where} names {name!r}; it may name {', '.join(known)}")
+    return names
 
 
 def is_interpreted() -> bool:

@@ -3,6 +3,7 @@
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
@@ -17,6 +18,14 @@ def _range(low: float | None, high: float | None) -> str:
 def _scalar(value: Any) -> Any:
     """A tensor or array of one number as that number; anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def check_device(device: Any) -> str:
+    """The name of a device; ValueError if none is called so. Whether the machine has it is seen later."""
+    name = str(device)  # torch.device writes itself like this, too
+    if not re.fullmatch(r"auto|(cpu|mps)(:0)?|cuda(:[0-9]+)?", name):
+        raise ValueError(f"device is {device!r}; use auto, cuda, cuda:N, mps or cpu")
+    return name if name.startswith("cuda") else name.removesuffix(":0")
 
 
 def check_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:

@@ -17,6 +17,7 @@ from nanovllm.diagnostics.inspect.support import model_without_memory
 from nanovllm.utils.loader import COPY, INDEX_FILE, TensorError, find_shards, open_shard
 from nanovllm.utils.model_config import ModelConfig
 from nanovllm.utils.random_checkpoint import parameter_shapes
+from nanovllm.utils.text import counted
 
 # safetensors' names of dtypes, with torch's of those that are weights by themselves.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -183,7 +184,7 @@ def _indexed(path: str, file: str) -> list[str]:
 
 
 def _lost(names: list[str]) -> str:
-    return f" (it is to hold {len(names)} tensors: {', '.join(by_layer(names))})" if names else ""
+    return f" (it is to hold {counted(len(names), 'tensor')}: {', '.join(by_layer(names))})" if names else ""
 
 
 def _assign(network: Any, model: ModelConfig, section: ParametersSection, path: str, findings: Findings) -> None:
@@ -264,7 +265,9 @@ def _judge(tensor: TensorInfo, found: Statistics, findings: Findings, dtype: tor
     counts = [f"{found.nan:,} NaN"] * bool(found.nan) + [f"{found.infinite:,} infinite"] * bool(found.infinite)
     if counts:
         kind = "NaN" if found.nan else "infinity"
-        findings.problem("parameters", kind, f"{tensor.name} has {' and '.join(counts)} of {found.count:,} elements")
+        findings.problem(
+            "parameters", kind, f"{tensor.name} has {' and '.join(counts)} of {counted(found.count, 'element', ',')}"
+        )
     largest = max(abs(found.min or 0.0), abs(found.max or 0.0))
     if dtype is not None and largest > torch.finfo(dtype).max:
         name = str(dtype).removeprefix("torch.")

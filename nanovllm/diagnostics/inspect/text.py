@@ -12,6 +12,7 @@ from nanovllm.diagnostics.inspect.memory import Capacity, MemorySection
 from nanovllm.diagnostics.inspect.parameters import FILLS, ParametersSection, TensorInfo
 from nanovllm.diagnostics.inspect.support import SupportSection
 from nanovllm.diagnostics.inspect.tokens import TokenizerSection
+from nanovllm.utils.text import counted
 
 WIDTH = 120
 _LEAST = 20  # columns, of the first and the last column
@@ -128,7 +129,7 @@ def _parameters(section: ParametersSection) -> list[str]:
     if section.tied is not None:
         tied = "tied: the embedding's table is the output head's" if section.tied else "not tied"
         stored = "; lm_head.weight is stored too" if section.tied and section.head_stored else ""
-        lines += ["", *_wrapped(f"{section.num_parameters:,} parameters; {tied}{stored}")]
+        lines += ["", *_wrapped(f"{counted(section.num_parameters, 'parameter', ',')}; {tied}{stored}")]
     if section.tensors:
         lines += ["", *_tensors(section.tensors)]
     if section.missing:
@@ -205,11 +206,13 @@ def _capacity(section: MemorySection, found: Capacity) -> list[str]:
     if found.activation_bytes:
         rows.append(["activations", _bytes(found.activation_bytes), "estimated here; the engine measures them"])
     rows.append(["left for KV", _bytes(found.kv_bytes), "the share of the rest that the engine takes at most"])
-    limit = f"what memory allows; {found.num_full_sequences:,} sequences of {section.max_model_len:,} tokens"
+    limit = (
+        f"what memory allows; {counted(found.num_full_sequences, 'sequence', ',')} of {section.max_model_len:,} tokens"
+    )
     if found.limit == "need":
         limit = f"all that {section.max_num_seqs} sequences of {section.max_model_len:,} tokens can fill"
-    rows.append(["KV cache", f"{found.num_tokens:,} tokens", limit])
-    rows.append(["", "", f"{found.num_blocks:,} blocks of {found.block_size}"])
+    rows.append(["KV cache", f"{counted(found.num_tokens, 'token', ',')}", limit])
+    rows.append(["", "", f"{counted(found.num_blocks, 'block', ',')} of {found.block_size}"])
     return table([f"{found.device}, {found.dtype}", "size", ""], rows, numeric=(1,))
 
 
@@ -246,7 +249,7 @@ def _chat(section: ChatSection) -> list[str]:
         return ["there is none"]
     lines: list[str] = []
     for rendering in section.renderings:
-        lines += [f"{rendering.name} ({rendering.num_tokens} tokens):"]
+        lines += [f"{rendering.name} ({counted(rendering.num_tokens, 'token')}):"]
         lines += [f"  | {line}" for text in rendering.text.split("\n") for line in _shown(text)]
         lines.append("")
     if section.answer_end is not None:

@@ -10,6 +10,7 @@ from nanovllm.diagnostics.inspect.findings import Findings
 from nanovllm.diagnostics.inspect.parameters import ParametersSection
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.utils.model_config import ModelConfig
+from nanovllm.utils.text import counted
 
 # What becomes of a text on its way to token ids and back.
 SAME, NORMALIZED, DIFFERENT = "same", "normalized", "different"
@@ -212,10 +213,11 @@ def _judge_sizes(section: TokenizerSection, findings: Findings) -> None:
         )
     for name, rows in (("embedding", section.embedding_rows), ("output head", section.head_rows)):
         if size is not None and rows is not None and rows != size:
-            findings.problem("tokenizer", "vocabulary", f"the {name} has {rows} rows, vocab_size is {size}")
+            findings.problem("tokenizer", "vocabulary", f"the {name} has {counted(rows, 'row')}, vocab_size is {size}")
     if size is not None and section.largest_id + 1 < size:
         findings.note(
-            "tokenizer", f"{size - section.largest_id - 1} ids of the model have no token (padding, as a rule)"
+            "tokenizer",
+            f"{counted(size - section.largest_id - 1, 'id')} of the model have no token (padding, as a rule)",
         )
 
 
