@@ -37,6 +37,7 @@ from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.file_lock import lock
+from nanovllm.utils.model_name import model_name
 from nanovllm.utils.progress import ProgressBar
 
 FSYNC_SECONDS = 1.0
@@ -202,7 +203,7 @@ class _Run:
     ) -> None:
         self.llm, self.input_path, self.output, self.bar = llm, input_path, output, bar
         self.defaults, self.template_kwargs = defaults, template_kwargs
-        self.context, self.model = engine_context(llm), Path(llm.engine.config.model).name
+        self.context, self.model = engine_context(llm), model_name(llm.engine.config.model)
         self.room = longest_sequence(llm)
         self.num_skipped = self.num_skipped_errors = self.num_answered = self.num_errors = self.num_cut_off = 0
         self.prompt_tokens = self.output_tokens = 0

@@ -117,7 +117,7 @@ class TestValidation:
             ("gpu_memory_utilization", 90, "finite number from 0.01 to 1.0"),
             ("gpu_memory_utilization", math.nan, "finite number from 0.01 to 1.0"),
             ("model", "/no/such/folder", "not a directory; give the path of a downloaded"),
-            ("model", "org/name", "not a directory; download it first: nanovllm download org/name, then model='name'"),
+            ("model", "name", "or the name of one to download, as in 'Qwen/Qwen3-0.6B'"),
             ("model", "./org/name", "not a directory; give the path of a downloaded"),
             ("tokenizer", "/no/such/folder", "not a directory; give the path of a downloaded"),
         ],
