@@ -139,7 +139,7 @@ class TestValidation:
             ("skip_tokenizer_init", 1, "True or False"),
             ("enforce_eager", "yes", "True or False"),
             ("enable_prefix_caching", None, "True or False"),
-            ("tokenizer", 7, "path of a directory"),
+            ("tokenizer", 7, "must be a directory's path, or a name"),
             ("hf_overrides", "rope", "dictionary of config.json entries"),
             ("hf_overrides", [("a", 1)], "dictionary of config.json entries"),
             ("attention_backend", [], "auto or the name of a backend"),
