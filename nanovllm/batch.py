@@ -1,14 +1,16 @@
 """Batch jobs: a file of requests in, a file of answers out. Killed at any moment, the same call continues it.
 
 A line of the output bears the row's id and a hash of everything its answer depends on: the id, the prompt, the
-parameters, the checkpoint. A row is done when the last line with its id bears its hash; rows that are done are not
-run again. Rows without a seed take theirs from the hash, so neither order nor restarts change an answer.
+parameters, the checkpoint and how it is computed. A row is done when the last line with its id bears its hash, unless
+it says that the engine's room cut the answer off and there is more room now; rows that are done are not run again. Rows
+without a seed take theirs from the hash, so neither order nor restarts change an answer.
 """
 
 import dataclasses
 import json
 import os
 import time
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -26,6 +28,7 @@ from nanovllm.batch_rows import (
     line_head,
     line_id,
     load_line,
+    longest_sequence,
     make_prompt,
     parse_record,
     row_id_of,
@@ -34,6 +37,7 @@ from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.file_lock import lock
+from nanovllm.utils.model_name import model_name
 from nanovllm.utils.progress import ProgressBar
 from nanovllm.utils.text import counted, kind_of
 
@@ -203,7 +207,8 @@ class _Run:
     ) -> None:
         self.llm, self.input_path, self.output, self.bar = llm, input_path, output, bar
         self.defaults, self.template_kwargs = defaults, template_kwargs
-        self.context, self.model = engine_context(llm), Path(llm.engine.config.model).name
+        self.context, self.model = engine_context(llm), model_name(llm.engine.config.model)
+        self.room = longest_sequence(llm)
         self.num_skipped = self.num_skipped_errors = self.num_answered = self.num_errors = self.num_cut_off = 0
         self.prompt_tokens = self.output_tokens = 0
         self.first_error: str | None = None
@@ -219,12 +224,12 @@ class _Run:
             prompt, error = None, None
             try:
                 self._parse(row, line)
-                if not self.output.is_done(row.digest):
+                if not self.output.is_done(row.digest, self.room):
                     prompt = make_prompt(self.llm, row)
             except (RecursionError, TypeError, ValueError) as caught:
                 error = str(caught) or type(caught).__name__
                 row.digest = row.digest or hash_of(row.row_id, line.decode("latin-1"), self.context)
-            if self.output.is_done(row.digest):
+            if self.output.is_done(row.digest, self.room):
                 self.num_skipped += 1
                 if self.output.is_error(row.digest):
                     self.num_skipped_errors += 1
@@ -301,19 +306,20 @@ class _Output:
             lock(
                 self._file, f"{path} is being written by another batch job; wait for it to end, or name another output"
             )
-            self._done, self._failed = self._read(retry_errors)
+            self._done, self._cut_off_at, self._failed = self._read(retry_errors)
         except BaseException:
             self._file.close()
             raise
         self._synced = time.monotonic()
 
-    def is_done(self, digest: str) -> bool:
-        """Whether the row with this hash needs not be run."""
-        return _holds(self._done, digest)
+    def is_done(self, digest: str, room: int) -> bool:
+        """Whether the row with this hash needs not be run: it was, and no fewer than ``room`` tokens cut it off."""
+        place = _place(self._done, digest)
+        return place is not None and not 0 < self._cut_off_at[place] < room
 
     def is_error(self, digest: str) -> bool:
         """Whether the row with this hash is done, and an error row."""
-        return _holds(self._failed, digest)
+        return _place(self._failed, digest) is not None
 
     def append(self, line: dict[str, Any]) -> None:
         """Write a line."""
@@ -339,20 +345,23 @@ class _Output:
             finally:
                 self._file.close()
 
-    def _read(self, retry_errors: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted hashes of the rows that are done, and of those that are errors: 16 bytes a row, for jobs are long.
+    def _read(self, retry_errors: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sorted hashes of the rows that are done, at how many tokens each was cut off, and hashes of error rows.
+
+        That is 24 bytes a row, for jobs are long; tokens are 0 where the engine's room was enough.
 
         Raises:
             ValueError: The file is not a batch job's. It is left as it is.
         """
-        ids, hashes, failed = bytearray(), bytearray(), bytearray()
+        ids, hashes, failed, cut_off_at = bytearray(), bytearray(), bytearray(), array("q")
         end, torn = 0, False
         self._file.seek(0)
         for number, line in enumerate(self._file, 1):
             try:
                 entry = json.loads(line)
                 row_hash, row_id, error = bytes.fromhex(entry["hash"]), entry["custom_id"], entry["error"]
-                if len(row_hash) != 16 or not line.startswith(_START):
+                length = entry.get("cut_off_at", 0)
+                if len(row_hash) != 16 or type(length) is not int or not line.startswith(_START):
                     raise ValueError("not a line of ours")
             except (LookupError, RecursionError, TypeError, ValueError) as cause:
                 if line.endswith(b"\n") or not (line.startswith(_START) or _START.startswith(line)):
@@ -365,6 +374,7 @@ class _Output:
             ids += hash_id(row_id)
             hashes += row_hash
             failed.append(error is not None)
+            cut_off_at.append(length)
             end += len(line)
         if torn:  # the process was killed while it wrote
             self._file.truncate(end)
@@ -377,14 +387,15 @@ class _Output:
         errors = last[is_error & (not retry_errors)]
         done = last[~is_error] if retry_errors else last
         all_hashes = np.frombuffer(hashes, "S16")
-        return np.sort(all_hashes[done]), np.sort(all_hashes[errors])
+        done = done[np.argsort(all_hashes[done])]
+        return all_hashes[done], np.frombuffer(cut_off_at, np.int64)[done], np.sort(all_hashes[errors])
 
 
-def _holds(hashes: np.ndarray, digest: str) -> bool:
-    """Whether a hash is among sorted ones."""
+def _place(hashes: np.ndarray, digest: str) -> int | None:
+    """Where a hash is among sorted ones; None if it is not."""
     key = bytes.fromhex(digest).rstrip(b"\0")  # numpy drops zeros at the end
     place = int(np.searchsorted(hashes, np.bytes_(key)))
-    return place < len(hashes) and bytes(hashes[place]) == key
+    return place if place < len(hashes) and bytes(hashes[place]) == key else None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

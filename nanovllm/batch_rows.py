@@ -194,11 +194,36 @@ def canonical(params: SamplingParams) -> dict[str, Any]:
 
 
 def engine_context(llm: LLM) -> list[Any]:
-    """What all answers of an engine depend on."""
+    """What all answers of an engine depend on.
+
+    Chat template, tokenizer and end tokens are files of the fingerprint; the checkpoint's sampling defaults are among
+    a row's parameters. What changes no more than rounding is left out, for a job may go on elsewhere: device, attention
+    backend, number of processes, sizes of batch and cache. So is ``max_model_len``, which not every answer depends on:
+    see :func:`cut_off_at`. And so are versions of the libraries, ours too: a job goes on after an update.
+    """
     config = llm.engine.config
     folders = dict.fromkeys([config.model, config.tokenizer or config.model])
     fingerprints = [checkpoint_fingerprint(folder) for folder in folders]
-    return [fingerprints, llm.get_metrics()["dtype"], config.seed, config.hf_overrides, config.skip_tokenizer_init]
+    context = [fingerprints, llm.get_metrics()["dtype"], config.seed, config.hf_overrides, config.skip_tokenizer_init]
+    # What is put in later stands there only where it is not the default: a job begun before goes on.
+    return context if config.quantization is None else [*context, {"quantization": config.quantization}]
+
+
+def longest_sequence(llm: LLM) -> int:
+    """Most tokens, prompt and output together, that an engine lets a sequence have."""
+    engine = llm.engine
+    return min(engine.max_model_len, engine.scheduler.max_tokens_per_sequence())
+
+
+def cut_off_at(row: BatchRow, output: RequestOutput) -> int:
+    """Tokens, prompt included, at which the engine's room ended an answer; 0 if the row would be the same in more."""
+    most = row.params.max_tokens
+    lengths = [
+        len(output.prompt_token_ids) + len(completion.token_ids)
+        for completion in output.outputs
+        if completion.finish_reason == "length" and (most is None or len(completion.token_ids) < most)
+    ]
+    return max(lengths, default=0)
 
 
 def checkpoint_fingerprint(folder: str | os.PathLike[str]) -> str:
@@ -238,6 +263,11 @@ def line_head(row: BatchRow) -> dict[str, Any]:
 
 def answer_line(row: BatchRow, output: RequestOutput, model: str) -> dict[str, Any]:
     """The line of a row that was answered."""
+    line = _answer(row, output, model)
+    return line | {"cut_off_at": length} if (length := cut_off_at(row, output)) else line
+
+
+def _answer(row: BatchRow, output: RequestOutput, model: str) -> dict[str, Any]:
     num_prompt, num_output = len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs)
     usage = {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
     if row.url is None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,15 +102,31 @@ class EngineConfig:
         for name in ("model", "tokenizer"):
             path = getattr(self, name)
             if path is not None and not os.path.isdir(path):
-                how = "give the path of a downloaded Hugging Face checkpoint"
-                if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not os.path.exists(path.split("/")[0]):
-                    how = f"download it first: nanovllm download {path}, then {name}={path.split('/')[1]!r}"
-                raise ValueError(f"{name} is {path!r}, which is not a directory; {how}")
+                raise ValueError(
+                    f"{name} is {path!r}, which is not a directory; give the path of a downloaded Hugging Face "
+                    "checkpoint"
+                )
 
     @classmethod
-    def from_arguments(cls, model: str | os.PathLike[str], **arguments: Any) -> "EngineConfig":
-        """Build the configuration from keyword arguments; an unknown one raises TypeError with the nearest known."""
-        known = {f.name for f in dataclasses.fields(cls)} - {"model"}
+    def from_arguments(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        download_dir: str | os.PathLike[str] | None = None,
+        **arguments: Any,
+    ) -> "EngineConfig":
+        """Build the configuration from keyword arguments; a checkpoint that is named is found, or downloaded, last.
+
+        Raises:
+            TypeError: An argument has the wrong type, or is unknown; the message names the nearest known.
+            ValueError: As the class does.
+            OSError: As :func:`nanovllm.hub.find_checkpoint` does.
+        """
+        places = {"revision", "tokenizer_revision", "download_dir"}
+        known = {f.name for f in dataclasses.fields(cls)} - {"model"} | places
         for name in [name for name in arguments if name in _ELSEWHERE]:
             _check_elsewhere(name, arguments.pop(name))
         for name in arguments:
@@ -119,19 +134,30 @@ class EngineConfig:
                 raise unknown_argument("LLM", name, known)
         if not isinstance(model, (str, os.PathLike)):
             raise TypeError(
-                f"model is {model!r} ({type(model).__name__}); it must be the path of a checkpoint directory"
+                f"model is {model!r} ({type(model).__name__}); it must be the path of a checkpoint directory, or a name"
             )
-        if arguments.get("tokenizer") is not None:
-            tokenizer = arguments["tokenizer"]
-            if not isinstance(tokenizer, (str, os.PathLike)):
-                raise TypeError(
-                    f"tokenizer is {tokenizer!r} ({type(tokenizer).__name__}); it must be the path of a directory"
-                )
-            arguments["tokenizer"] = os.path.expanduser(os.fspath(tokenizer))
+        if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+            raise TypeError(
+                f"tokenizer is {tokenizer!r} ({type(tokenizer).__name__}); it must be a directory's path, or a name"
+            )
+        for name, value in (("revision", revision), ("tokenizer_revision", tokenizer_revision)):
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a branch, tag or commit")
         arguments["dtype"] = _dtype_name(arguments.get("dtype", "auto"))
         if arguments.get("hf_overrides", {}) is None:
             arguments["hf_overrides"] = {}
-        return cls(model=os.path.expanduser(os.fspath(model)), **arguments)
+        cls(model=os.curdir, **arguments)  # a mistake is told before anything is downloaded
+
+        from nanovllm.hub import find_checkpoint
+
+        found = find_checkpoint(model, revision, download_dir)
+        if tokenizer is None and tokenizer_revision not in (None, revision):
+            tokenizer = model
+        elif tokenizer is not None and tokenizer == model and tokenizer_revision is None:
+            tokenizer_revision = revision
+        if tokenizer is not None:
+            tokenizer = find_checkpoint(tokenizer, tokenizer_revision, download_dir, kind="tokenizer")
+        return cls(model=found, tokenizer=tokenizer, **arguments)
 
 
 # Arguments of vLLM's that we lack: what asks for nothing that we do not do anyway (None: any value), or our name.
@@ -141,12 +167,10 @@ _ELSEWHERE: dict[str, tuple[Any, ...] | str | None] = {
     "cpu_offload_gb": (0,),
     "disable_log_stats": None,
     "distributed_executor_backend": None,
-    "download_dir": None,
     "enable_chunked_prefill": (None, True),
     "kv_cache_dtype": ("auto",),
     "load_format": ("auto", "safetensors"),
     "pipeline_parallel_size": (1,),
-    "revision": (None,),
     "swap_space": None,
     "tokenizer_mode": ("auto",),
     "trust_remote_code": (False,),

@@ -32,8 +32,12 @@ class LLM:
 
     Args:
         model: Directory of a checkpoint in the Hugging Face layout: config.json, ``*.safetensors`` (sharded or not),
-            tokenizer.json with tokenizer_config.json, and generation_config.json if there is one.
-        tokenizer: Directory of another tokenizer; the model's by default.
+            tokenizer.json with tokenizer_config.json, and generation_config.json if there is one. Or the name of one on
+            the Hugging Face hub, ``"OWNER/NAME"``: it is taken from the Hugging Face cache, or downloaded into it.
+        tokenizer: Directory, or name, of another tokenizer; the model's by default.
+        revision: Branch, tag or commit of a model that is named; the main branch by default.
+        tokenizer_revision: The same, of the tokenizer.
+        download_dir: Instead of the Hugging Face cache.
         skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
         dtype: Of weights, activations and KV cache: auto, bfloat16, float16, float32, or torch's dtypes. auto is the
             checkpoint's, but for bfloat16 float16 on MPS before macOS 14, and float32 on a CPU that multiplies bfloat16
@@ -64,6 +68,7 @@ class LLM:
         TypeError: An argument is unknown or of the wrong type.
         ValueError: An argument is outside its range, or the checkpoint cannot be served; the message says why.
         FileNotFoundError: The checkpoint lacks a file.
+        OSError: A checkpoint that is named can be neither found nor downloaded; the message says why, and what to do.
     """
 
     def __init__(
@@ -71,6 +76,9 @@ class LLM:
         model: str | os.PathLike[str],
         *,
         tokenizer: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        download_dir: str | os.PathLike[str] | None = None,
         skip_tokenizer_init: bool = False,
         dtype: str = "auto",
         device: str = "auto",
@@ -95,6 +103,9 @@ class LLM:
         config = EngineConfig.from_arguments(
             model,
             tokenizer=tokenizer,
+            revision=revision,
+            tokenizer_revision=tokenizer_revision,
+            download_dir=download_dir,
             skip_tokenizer_init=skip_tokenizer_init,
             dtype=dtype,
             device=device,

@@ -20,7 +20,7 @@ import pytest
 from nanovllm import LLM, SamplingParams, __version__
 from nanovllm import batch as batch_module
 from nanovllm.batch import BatchJob, BatchSummary, run_batch
-from nanovllm.batch_rows import CHAT_OPTIONS, checkpoint_fingerprint
+from nanovllm.batch_rows import CHAT_OPTIONS, canonical, checkpoint_fingerprint, hash_of
 from nanovllm.cli import main
 from nanovllm.cli.batch import failure
 from nanovllm.demo import DEMO_MODEL_PATH
@@ -72,9 +72,15 @@ class StubLLM:
 
     def __init__(self, outcome: Callable[[int], RequestOutput] | None = None) -> None:
         config = SimpleNamespace(
-            model=DEMO_MODEL_PATH, tokenizer=None, seed=0, hf_overrides={}, skip_tokenizer_init=False
+            model=DEMO_MODEL_PATH,
+            tokenizer=None,
+            seed=0,
+            hf_overrides={},
+            skip_tokenizer_init=False,
+            quantization=None,
         )
-        self.engine = SimpleNamespace(config=config, counters=Counters())
+        scheduler = SimpleNamespace(max_tokens_per_sequence=lambda: 1001)
+        self.engine = SimpleNamespace(config=config, counters=Counters(), max_model_len=128, scheduler=scheduler)
         self.outcome = outcome or stub_output
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -89,7 +95,7 @@ class StubLLM:
             yield self.outcome(index)
 
 
-def stub_output(index: int, finish_reason: str = "length", error: str | None = None) -> RequestOutput:
+def stub_output(index: int, finish_reason: str = "stop", error: str | None = None) -> RequestOutput:
     completion = CompletionOutput(0, "text", [1], finish_reason=finish_reason)
     return RequestOutput(str(index), "prompt", [1], [completion], True, prompt_index=index, error=error)
 
@@ -396,6 +402,56 @@ def test_other_parameters_or_another_seed_or_model_run_all_rows_again(files: Fil
     assert len({line["hash"] for line in files.lines()}) == 4
 
 
+def test_int8_weights_run_all_rows_again_and_no_others(files: Files) -> None:
+    files.put({"prompt": "a"}).run(StubLLM())
+    # As it was before quantization counted: a job begun then goes on.
+    fingerprint = checkpoint_fingerprint(DEMO_MODEL_PATH)
+    asked = [None, "prompt", "a", {}, canonical(GREEDY)]
+    assert files.lines()[0]["hash"] == hash_of("line-1", asked, [[fingerprint], "float32", 0, {}, False])
+    other = StubLLM()
+    other.engine.config.quantization = "int8"
+    assert files.run(other).num_answered == 1
+    assert files.run(other).num_skipped == 1
+
+
+def test_what_the_room_cut_off_is_run_again_in_more_room(files: Files) -> None:
+    def answers(index: int) -> RequestOutput:
+        """Cut off at 2 of 128 tokens, at 64 of its own, at its end, and one of two completions at 3."""
+        ends = [[(1, "length")], [(64, "length")], [(1, "stop")], [(2, "length"), (1, "stop")]][index % 4]
+        completions = [CompletionOutput(i, "", [1] * size, finish_reason=how) for i, (size, how) in enumerate(ends)]
+        return RequestOutput(str(index), "prompt", [1], completions, True, prompt_index=index)
+
+    def llm(room: int, blocks: int = 1000) -> StubLLM:
+        made = StubLLM(answers)
+        made.engine.max_model_len, made.engine.scheduler.max_tokens_per_sequence = room, lambda: blocks
+        return made
+
+    urls = {"url": "/v1/completions"}
+    rows = [{"custom_id": str(i), **urls, "body": {"prompt": "a", "max_tokens": 64}} for i in range(3)]
+    files.put(*rows, {"custom_id": "3", "prompt": "a", "n": 2, "temperature": 1, "max_tokens": None})
+    assert files.run(llm(3)).num_answered == 4
+    assert [line.get("cut_off_at") for line in files.lines()] == [2, None, None, 3]
+    assert files.run(llm(2)).num_skipped == 4  # in less room nothing comes back better
+    assert files.run(llm(100, blocks=2)).num_skipped == 4  # nor where the cache has no more
+    files.output.write_text("".join(json.dumps(line) + "\n" for line in files.lines()))
+    summary = files.run(llm(4))
+    assert (summary.num_answered, summary.num_skipped) == (2, 2)
+    hashes = [line["hash"] for line in files.lines()]
+    assert hashes[4:] == [hashes[0], hashes[3]]  # and so the same seed
+
+
+def test_an_answer_goes_on_from_where_max_model_len_cut_it_off(files: Files) -> None:
+    files.put({"id": "count", "prompt": "count from 1 to 30:", "max_tokens": None, "ignore_eos": True})
+    texts = []
+    for room in (24, 24, 48):
+        with LLM(DEMO_MODEL_PATH, device="cpu", max_model_len=room, max_num_seqs=2, dtype="float32") as llm:
+            texts.append((files.run(llm, HOT).num_answered, files.by_id()["count"]["text"]))
+            assert files.by_id()["count"]["cut_off_at"] == room
+    assert [answered for answered, _ in texts] == [1, 0, 1]
+    assert texts[2][1].startswith(texts[0][1])
+    assert len(texts[2][1]) > len(texts[0][1])
+
+
 def test_the_fingerprint_follows_the_content_of_a_checkpoint(tmp_path: Path) -> None:
     copy = shutil.copytree(DEMO_MODEL_PATH, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     original = checkpoint_fingerprint(DEMO_MODEL_PATH)
@@ -498,8 +554,8 @@ def test_hashes_that_end_in_zeros_are_found(files: Files) -> None:
     rows = [{"hash": digest, "line": 1, "custom_id": i, "error": None} for i, digest in enumerate(hashes)]
     files.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with BatchJob(files.put().input, files.output) as job:
-        assert all(job.output.is_done(digest) for digest in hashes)
-        assert not any(job.output.is_done(digest) for digest in ("ab" * 16, "00" * 15 + "01", "ff" * 16))
+        assert all(job.output.is_done(digest, 1) for digest in hashes)
+        assert not any(job.output.is_done(digest, 1) for digest in ("ab" * 16, "00" * 15 + "01", "ff" * 16))
 
 
 def test_arguments_are_checked_before_any_row(files: Files) -> None:

@@ -406,7 +406,7 @@ def test_a_cache_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         (["--engine", "hf,hf"], "'hf,hf' names an engine twice"),
         (["--random-weights", "qwen3-7b"], "qwen3-0.6b"),
         (["--random-weights", "tiny", "--model", "x"], "not allowed with"),
-        (["--model", "no/such/folder"], "it has no config.json"),
+        (["--model", "no/such/folder"], "is not a directory; give the path of a downloaded"),
         (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--json", "x.json"], "unrecognized arguments: x.json"),
         (["--compare", "hf", "--peers", "x", "--quantization", "int8"], "(use nanovllm-int8) exclude each other"),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM, hub
 from nanovllm.cli import main
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.hub import contents
 from nanovllm.utils.file_lock import lock
 from tests.fake_hub import COMMIT, FakeHub, serve_hub
 
@@ -163,10 +164,10 @@ def test_a_full_disk_is_told_before_the_weights_come(
     remote: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda place: usage(10**9, 0, hub.SPARE_BYTES + 2**20))
+    monkeypatch.setattr(contents.shutil, "disk_usage", lambda place: usage(10**9, 0, contents.SPARE_BYTES + 2**20))
     line = error_line(capsys, NAME)
     size = (remote.repositories[NAME] / "model.safetensors").stat().st_size
-    assert f"Demo-2M takes {size:,} more bytes, and {hub.SPARE_BYTES + 2**20:,} are free on its disk" in line
+    assert f"Demo-2M takes {size:,} more bytes, and {contents.SPARE_BYTES + 2**20:,} are free on its disk" in line
     assert "--local-dir" in line
     assert "model.safetensors" not in [name for name, _ in remote.sent]
 
@@ -215,7 +216,7 @@ def split_demo(remote: FakeHub) -> list[str]:
 
 def test_errors_of_the_hub_are_one_line_each(remote: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"has no model {NAME}x, or it is private; check the spelling" in error_line(capsys, f"{NAME}x")
-    assert f"{NAME} has no revision 'v9'; leave out --revision" in error_line(capsys, NAME, "--revision", "v9")
+    assert f"{NAME} has no revision 'v9'; name another, or none for" in error_line(capsys, NAME, "--revision", "v9")
     remote.gated.add(NAME)
     line = error_line(capsys, NAME)
     assert f"{NAME} is gated: accept its terms at {remote.url}/{NAME}, then log in" in line

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from nanovllm import LLM, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +110,37 @@ def test_prefix_sharing_computes_the_beginning_once(run: Run) -> None:
     assert on[1] == off[1]
     assert on[2] >= 6
     assert abs(on[2] - off[2]) <= 2  # but for rounding, the answers are the same
+
+
+@pytest.mark.parametrize("temperature", ["0", "3"])
+def test_structured_output_follows_the_schema(run: Run, temperature: str) -> None:
+    pytest.importorskip("llguidance", reason="the example needs llguidance")
+    out = run("structured_output", "--temperature", temperature)
+    records = [json.loads(line) for line in re.findall(r"^  by the schema:  (.*)$", out, re.M)]
+    assert [list(record) for record in records] == [["age", "name", "city", "work"]] * 3
+    for record in records:
+        assert 0 <= record["age"] <= 150
+        assert re.fullmatch("[A-Z][a-z]{1,11}", record["name"])
+        assert record["work"] in ("crafts", "school", "travel")
+    if temperature == "0":
+        assert [(record["age"], record["city"]) for record in records] == [(41, "Oslo"), (25, "Paris"), (63, "Rome")]
+
+
+def test_structured_output_follows_each_completion_of_a_request() -> None:
+    pytest.importorskip("llguidance", reason="the example needs llguidance")
+    example = load("structured_output")
+    with LLM(DEMO_MODEL_PATH, device="cpu") as llm:
+        follow = example.FollowSchema(example.from_tokenizer(llm.get_tokenizer()), example.SCHEMA)
+        params = SamplingParams(n=3, temperature=2, seed=1, max_tokens=128, logits_processors=[follow])
+        texts = [one.text for one in llm.generate("a JSON record:", params, use_tqdm=False)[0].outputs]
+    assert len({json.loads(text)["name"] for text in texts}) == 3
+
+
+def test_structured_output_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("structured_output")
+    monkeypatch.setattr(example, "LLMatcher", None)
+    with pytest.raises(SystemExit, match="this example needs llguidance: pip install llguidance"):
+        example.main([])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="several processes share a model on Linux and macOS")

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *PLAIN,
     },
     # Engines beside each other; each of peers' modules runs in an environment without the rest of the package.
-    "benchmarks": {"", "demo", "kernels", *PLAIN},
+    "benchmarks": {"", "demo", "hub", "kernels", *PLAIN},
     "benchmarks.peers": {"", "benchmarks", "utils"},
     "hub": {"models", *UTILS},
     "batch": {"batch_rows", "llm", *PLAIN},
@@ -142,7 +142,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {*ARITHMETIC, *UTILS},
     "kernels.cpu": UTILS,
     **dict.fromkeys(sorted(ARITHMETIC), UTILS),
-    "config": {"utils"},
+    "config": {"hub", "utils"},
     "errors": set(),
     "sampling_params": {"utils"},
     "outputs": {"utils"},

@@ -22,6 +22,7 @@ from nanovllm.benchmarks.options import EXAMPLES, SUMMARY, TURNS, add_options
 from nanovllm.benchmarks.report import failures, result_of, summarise
 from nanovllm.benchmarks.workloads import PRESETS, gib
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.hub import find_checkpoint
 from nanovllm.kernels import DISABLE_VARIABLE
 from nanovllm.utils.environment import hardware, versions
 from nanovllm.utils.memory import peak_cpu_memory
@@ -153,7 +154,7 @@ def chosen_model(args: argparse.Namespace) -> tuple[str, Path]:
             print(f"writing random weights to {args.weights_cache}, where they stay for the next run", flush=True)
         folder = cached_random_checkpoint(args.random_weights, args.weights_cache)
         return f"{args.random_weights}, random weights", folder
-    return (str(args.model), args.model) if args.model else ("demo", Path(DEMO_MODEL_PATH))
+    return (args.model, Path(find_checkpoint(args.model))) if args.model else ("demo", Path(DEMO_MODEL_PATH))
 
 
 def draw_requests(args: argparse.Namespace, workloads: list[Workload], model: Path) -> list[Requests]:

@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     demo = "Without --model and --random-weights, the bundled demo checkpoint: tiny, ready in seconds."
     group = parser.add_argument_group("model", demo)
     which = group.add_mutually_exclusive_group()
-    which.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint folder")
+    which.add_argument("--model", metavar="PATH", help="a checkpoint folder, or OWNER/NAME on the Hugging Face hub")
     shapes = "bfloat16, written on first use (0.6b: 1.2 GB), without a download"
     which.add_argument("--random-weights", choices=SHAPES, type=str.lower, help=shapes)
     cache_help = "where random weights are kept for the next run (default: %(default)s)"

@@ -197,7 +197,7 @@ def _summary(report: dict[str, Any], args: argparse.Namespace, more: str) -> str
     ]
     if report["time_to_first_token_seconds"] is not None:
         parts[0] += f", the first after {report['time_to_first_token_seconds']:.2f} s"
-    model = "the demo checkpoint" if args.model == DEMO_MODEL_PATH else report["model"]
+    model = "the demo checkpoint" if args.model == DEMO_MODEL_PATH else args.model
     parts.append(f"{model} on {report['device']} in {report['dtype']}, ready after {report['startup_seconds']:.1f} s")
     reasons = [completion["finish_reason"] for output in report["outputs"] for completion in output["completions"]]
     if cut := reasons.count("length"):

@@ -58,8 +58,14 @@ def add_model_options(parser: argparse.ArgumentParser, samples: bool = True) -> 
     """Options of every command that loads a model; those of the noise only where the command ``samples``."""
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--model", metavar="PATH", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
-    add("--tokenizer", metavar="PATH", help="tokenizer directory (default: the model's)")
+    add(
+        "--model",
+        metavar="PATH",
+        default=DEMO_MODEL_PATH,
+        help="checkpoint directory, or OWNER/NAME on the Hugging Face hub (default: the demo checkpoint)",
+    )
+    add("--revision", metavar="R", help="branch, tag or commit of a model that is named (default: the main branch)")
+    add("--tokenizer", metavar="PATH", help="tokenizer directory, or name (default: the model's)")
     add_device_option(group)
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output together")
@@ -78,7 +84,16 @@ def add_model_options(parser: argparse.ArgumentParser, samples: bool = True) -> 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What LLM is to be given of them."""
-    names = ["model", "tokenizer", "device", "dtype", "quantization", "tensor_parallel_size", "max_model_len"]
+    names = [
+        "model",
+        "revision",
+        "tokenizer",
+        "device",
+        "dtype",
+        "quantization",
+        "tensor_parallel_size",
+        "max_model_len",
+    ]
     names += ["max_num_seqs", "seed"]
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.diagnostics.books import Books, Event
@@ -18,6 +17,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step_plan import StepPlan, StepResult
 from nanovllm.llm import LLM
+from nanovllm.utils.model_name import model_name
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def record(llm: LLM, check: bool = False) -> Iterator[RunRecord]:
     metrics = llm.get_metrics()
     names = ("device", "dtype", "quantization", "attention_backend", "num_threads", "kvcache_bytes")
     recorder.record.engine |= {
-        "model": "demo" if engine.config.model == DEMO_MODEL_PATH else Path(engine.config.model).name,
+        "model": "demo" if engine.config.model == DEMO_MODEL_PATH else model_name(engine.config.model),
         **{name: metrics[name] for name in names},
         "enable_prefix_caching": engine.config.enable_prefix_caching,
         "max_model_len": engine.max_model_len,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+NAME_PATTERN = r"[\w-][\w.-]*/[\w-][\w.-]*"  # OWNER/NAME
 HASHED_BYTES = 2**22  # at a time
 
 
@@ -42,9 +43,9 @@ class RemoteFile:
                 digest.update(part)
         return digest.hexdigest() == self.digest
 
-    def unfinished(self, folder: Path) -> Path:
-        """Where its beginning is kept until all of it is there; another revision's is elsewhere."""
-        return folder / f"{self.name}.{(self.digest or str(self.size))[:12]}.incomplete"
+    def unfinished(self, target: Path) -> Path:
+        """Where its beginning is kept until all of it is at ``target``; another revision's is elsewhere."""
+        return target.with_name(f"{target.name}.{(self.digest or str(self.size))[:12]}.incomplete")
 
 
 class Repository:
@@ -72,8 +73,8 @@ class Repository:
         self.commit: str = info.sha or revision or "main"
         self.files = {one.rfilename: _remote_file(one) for one in info.siblings or []}
 
-    def fetch(self, name: str, folder: Path) -> None:
-        """Put a file into a folder, unless it is there; what an interrupted call has left is completed.
+    def fetch(self, name: str, target: Path) -> None:
+        """Put a file at ``target``, unless it is there; what an interrupted call has left is completed.
 
         Raises:
             HubError: It does not come, or not as the hub says it is.
@@ -83,14 +84,14 @@ class Repository:
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
-        wanted, target = self.files[name], folder / name
+        wanted = self.files[name]
         if wanted.is_at(target):
             return
         url = hf_hub_url(self.name, name, revision=self.commit, endpoint=self.endpoint)
         # Compressed, a part could not be continued where it ends.
         headers = {**build_hf_headers(library_name="nanovllm"), "Accept-Encoding": "identity"}
         # The package itself keeps no part of a file that it was fetching when it was interrupted.
-        unfinished = wanted.unfinished(folder)
+        unfinished = wanted.unfinished(target)
         if unfinished.exists() and unfinished.stat().st_size > wanted.size:
             unfinished.unlink()
 
@@ -124,7 +125,7 @@ class Repository:
                 "HF_TOKEN to a token of that account"
             )
         if isinstance(error, errors.RevisionNotFoundError):
-            return HubError(f"{name} has no revision {self.revision!r}; leave out --revision for its main branch")
+            return HubError(f"{name} has no revision {self.revision!r}; name another, or none for its main branch")
         if isinstance(error, errors.RepositoryNotFoundError):
             return HubError(
                 f"{self.endpoint} has no model {name}, or it is private; check the spelling, or for a private one log "
