@@ -90,8 +90,8 @@ def checked_books() -> Iterator[None]:
 
     def checking(engine: LLMEngine, *arguments: Any) -> None:
         advance(engine, *arguments)
-        with engine._lock:
-            if engine._broken is None:
+        with engine.turns.lock:
+            if engine.turns.is_whole:
                 engine.scheduler.check_integrity()
 
     LLMEngine.advance = checking  # type: ignore[method-assign]

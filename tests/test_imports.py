@@ -78,6 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.step_handle",
         "engine.request",
         "engine.tokenizer",
+        "engine.turns",
         "engine.parallel_runner",
         "models",  # the names of the architectures
         "config",
@@ -85,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "engine.prompts": PLAIN,
     "engine.admission": set(),
+    "engine.turns": set(),
     "engine.scheduler": {"engine.admission", "engine.block_manager", "engine.sequence", "engine.step_plan", *PLAIN},
     "engine.block_manager": {"engine.sequence", *PLAIN},
     "engine.request": {"engine.sequence", "engine.step_plan", "engine.detokenizer", *PLAIN},

@@ -58,12 +58,12 @@ def record(llm: LLM, check: bool = False) -> Iterator[RunRecord]:
         "enable_prefix_caching": engine.config.enable_prefix_caching,
         "max_model_len": engine.max_model_len,
     }
-    with engine._lock:  # not in the middle of a step
+    with engine.turns.lock:  # not in the middle of a step
         recorder.start()
     try:
         yield recorder.record
     finally:
-        with engine._lock:
+        with engine.turns.lock:
             recorder.stop()
 
 

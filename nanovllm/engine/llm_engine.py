@@ -1,7 +1,6 @@
 """The engine: takes requests, runs steps until they are finished, and turns tokens back into text."""
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_handle import DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.engine.turns import TURN_SECONDS, Turns
 from nanovllm.models.registry import get_model_class
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -34,7 +34,6 @@ from nanovllm.utils.text import counted
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 4096
-TURN_SECONDS = 1e-4  # what a thread that waits for the engine needs to wake up
 
 
 class LLMEngine:
@@ -85,11 +84,8 @@ class LLMEngine:
         self._launching = 0.0  # seconds spent in calls that launched a step and took in none, since the last that did
         self._num_requests = 0
         self._num_sequences = 0
-        self._lock = threading.RLock()
-        self._broken: BaseException | None = None  # a change is going on, or, if nobody holds the lock, was cut short
-        self._queue: set[int] = set()  # threads that wait for the lock
         self._aborting: list[str] = []  # to abort when the step that runs is over
-        self._closed = False
+        self.turns = Turns(self._drop_everything, self.runner.is_step_thread)
         self.counters.startup_seconds = time.perf_counter() - started
         logger.info(
             "ready in %.2f s: %s on %s, %s on the host, %s attention, %d KV blocks of %d tokens (%.1f MiB)",
@@ -116,12 +112,13 @@ class LLMEngine:
     @property
     def num_unfinished_requests(self) -> int:
         """Requests that have not ended."""
-        if self._broken is None or self._is_inside_a_change() or not self._lock.acquire(blocking=False):
+        turns = self.turns
+        if turns.is_whole or turns.is_inside() or not turns.lock.acquire(blocking=False):
             return len(self._requests)
         try:  # nobody is changing anything: what a change that was cut short has left does not count
-            return len(self._requests) if self._broken is None else 0
+            return len(self._requests) if turns.is_whole else 0
         finally:
-            self._lock.release()
+            turns.lock.release()
 
     @property
     def unfinished_request_ids(self) -> list[str]:
@@ -162,7 +159,7 @@ class LLMEngine:
         """
         if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id is {request_id!r} ({type(request_id).__name__}); it must be a string")
-        with _Turn(self), self._lock, _Change(self):
+        with self.turns.wait(), self.turns.lock, self.turns.change():
             if request_id is None:
                 request_id = str(self._num_requests)
                 while request_id in self._requests:  # the user gave that name to another request
@@ -200,7 +197,7 @@ class LLMEngine:
             names = ", ".join(request.request_id for request in lost)
             raise RuntimeError(f"requests were dropped by another call that failed: {names}: {lost[0].cause!r}")
         self.advance()
-        with self._lock:
+        with self.turns.lock:
             ready, self._ready = self._ready, []
         return ready
 
@@ -209,7 +206,7 @@ class LLMEngine:
 
         For an owner for whom something came while another thread's step was waited for, nothing is run.
         """
-        with _Turn(self), self._lock, _Change(self, owner):
+        with self.turns.wait(), self.turns.lock, self.turns.change(owner is not None):
             if owner is not None and owner.inbox:
                 return
             started = time.perf_counter()
@@ -221,7 +218,7 @@ class LLMEngine:
             if self._aborting:
                 aborting, self._aborting = self._aborting, []
                 self._abort(aborting, deferred=True)
-        if self._queue:  # a lock is not fair: who asks again at once would have it again
+        if self.turns.waiting:  # a lock is not fair: who asks again at once would have it again
             time.sleep(TURN_SECONDS)
 
     def _launch(self) -> bool:
@@ -280,46 +277,46 @@ class LLMEngine:
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id is {request_id!r} ({type(request_id).__name__}); it must be a string")
-        if self._is_inside_a_change():
+        if self.turns.is_inside():
             self._aborting.append(request_id)
             return None
-        with _Turn(self), self._lock, _Change(self):
+        with self.turns.wait(), self.turns.lock, self.turns.change():
             outputs = self._abort([request_id])
         return outputs[0] if outputs else None
 
     def abandon(self, owner: Owner) -> None:
         """Drop all requests of an owner who no longer waits for them."""
-        if self._is_inside_a_change():  # a generator that is collected there
+        if self.turns.is_inside():  # a generator that is collected there
             self._aborting.extend(self._requests_of(owner))
-        elif not self._closed:
-            with _Turn(self), self._lock, _Change(self):
+        elif not self.turns.is_closed:
+            with self.turns.wait(), self.turns.lock, self.turns.change():
                 self._abort(self._requests_of(owner))
 
     def reset(self) -> None:
         """Drop all requests, and outputs that :meth:`step` has not given yet. The prefix cache stays."""
-        with _Turn(self), self._lock:
-            self._recover(self._broken or RuntimeError("the engine was reset"))
+        with self.turns.wait(), self.turns.lock:
+            self.turns.recover()
             self._ready, self._lost = [], []
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        with _Turn(self), self._lock, _Change(self):
+        with self.turns.wait(), self.turns.lock, self.turns.change():
             self.scheduler.block_manager.reset_prefix_cache()
 
     def close(self) -> None:
         """Drop all requests and free the model and its KV cache, whoever still holds the engine."""
-        with _Turn(self), self._lock:  # in turn, or calls in other threads may end before they hear of it
-            if not self._closed:
-                self._recover(RuntimeError("the engine was closed"))
-                self._closed = True
+        with self.turns.wait(), self.turns.lock:  # in turn, or calls in other threads may end before they hear of it
+            if not self.turns.is_closed:
+                self.turns.recover(RuntimeError("the engine was closed"))
+                self.turns.is_closed = True
                 self.runner.close()
 
     def metrics(self) -> dict[str, Any]:
         """Facts and totals of the engine; see :meth:`nanovllm.LLM.get_metrics`."""
-        if self._is_inside_a_change():  # in a thread that the one with the lock waits for, perhaps
+        if self.turns.is_inside():  # in a thread that the one with the lock waits for, perhaps
             return self._metrics()
-        with self._lock:
-            self._refuse_if_closed()
+        with self.turns.lock:
+            self.turns.refuse_if_closed()
             return self._metrics()
 
     def _metrics(self) -> dict[str, Any]:
@@ -355,39 +352,20 @@ class LLMEngine:
             "time_per_output_token": percentiles(counters.output_token_seconds),
         }
 
-    def _recover(self, cause: BaseException, for_owner: bool = False) -> None:
-        """Drop all requests, and tell their owners why; :meth:`step` as well if it was somebody's call that failed."""
-        self._broken = cause
+    def _drop_everything(self, cause: BaseException, is_owners: bool) -> None:
+        """Drop all requests, and tell their owners why; :meth:`step` as well if it was an owner's call that failed."""
         self._in_flight.clear()  # the device runs them to their end, before whatever is launched next
         self.scheduler.reset()
         self._aborting.clear()
         for request in self._requests.values():
             if request.owner is not None:
                 request.owner.inbox.append(LostRequest(request.request_id, cause))
-            elif for_owner:  # who added it sees nothing of this
+            elif is_owners:  # who added it sees nothing of this
                 self._lost.append(LostRequest(request.request_id, cause))
         self._requests.clear()
-        self._broken = None
-
-    def _is_inside_a_change(self) -> bool:
-        """Whether this thread is in the middle of changing what the engine holds."""
-        # Asked of the lock, which is released whatever happens; a flag of our own might stay set after an interrupt.
-        owned = self._lock._is_owned()  # type: ignore[attr-defined]
-        return owned or self.runner.is_step_thread()
 
     def _requests_of(self, owner: Owner) -> list[str]:
         return [request.request_id for request in self._requests.values() if request.owner is owner]
-
-    def _refuse_inside_a_step(self) -> None:
-        if self._is_inside_a_change():
-            raise RuntimeError(
-                "the engine was called from inside one of its own steps (by a signal handler or a logits processor); "
-                "only abort() may be"
-            )
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise RuntimeError("this engine is closed; make a new LLM")
 
     def _make_sequences(self, request: PreparedRequest, request_id: str, leading: Request | None) -> list[Sequence]:
         """A sequence a completion; the first follows that of another request, if one is given, the others the first."""
@@ -482,47 +460,6 @@ class _Step:
 
     plan: StepPlan
     handle: StepHandle
-
-
-class _Turn:
-    """Waiting for the lock of an engine, and then holding it: those who run steps make way for whoever waits."""
-
-    def __init__(self, engine: LLMEngine) -> None:
-        self.engine = engine
-
-    def __enter__(self) -> None:
-        self.engine._refuse_inside_a_step()
-        self.engine._queue.add(threading.get_ident())
-
-    def __exit__(self, *error: object) -> None:
-        self.engine._queue.discard(threading.get_ident())
-
-
-class _Change:
-    """Changing what an engine holds: to the end, or else everything is dropped. Its lock is held.
-
-    A change that was interrupted is cleared away at once, and should that be interrupted too, by the next one. (Not a
-    generator with ``contextlib``: interrupted on its way in or out, it would keep the lock as long as the traceback
-    lives.)
-    """
-
-    def __init__(self, engine: LLMEngine, owner: Owner | None = None) -> None:
-        self.engine = engine
-        self.for_owner = owner is not None
-
-    def __enter__(self) -> None:
-        engine = self.engine
-        engine._queue.discard(threading.get_ident())
-        engine._refuse_if_closed()
-        if engine._broken is not None:
-            engine._recover(engine._broken)
-        engine._broken = RuntimeError("a call was interrupted")
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None:
-            self.engine._broken = None
-        else:
-            self.engine._recover(error, self.for_owner)
 
 
 def noise_key(kind: str, seed: int, index: int) -> int:
