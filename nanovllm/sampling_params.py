@@ -11,6 +11,8 @@ from nanovllm.utils.validation import check_bool, check_int, check_number, unkno
 MAX_LOGIT_BIAS = 100.0
 # Of a temperature schedule: float32, in which it is evaluated, holds all whole numbers up to this.
 MAX_POSITION = 2.0**24
+# Each completion is a sequence with a copy of the prompt, made while everybody waits.
+MAX_COMPLETIONS = 2**14
 
 
 @runtime_checkable
@@ -32,7 +34,7 @@ class SamplingParams:
     ``logit_bias``, ``bad_words`` and ``min_tokens``; the penalties; ``temperature``; ``min_p``; ``top_k``; ``top_p``.
 
     Args:
-        n: Completions of the prompt; they share its KV blocks.
+        n: Completions of the prompt, at most 16,384; they share its KV blocks.
         temperature: Divides the logits before sampling; 0 takes the most likely token (greedy). Or a schedule over the
             output positions (:mod:`nanovllm.layers.temperature`).
         top_k: Sample among the k most likely tokens; 0 and -1 mean all.
@@ -122,11 +124,11 @@ class SamplingParams:
         def keep(name: str, value: object) -> None:  # as Python's own, whichever kind was given
             object.__setattr__(self, name, value)
 
-        keep("n", check_int("n", self.n, low=1))
+        keep("n", check_int("n", self.n, low=1, high=MAX_COMPLETIONS))
         if not isinstance(self.temperature, Schedule) or isinstance(self.temperature, type):
             keep("temperature", check_number("temperature", self.temperature, low=0.0))
         else:
-            _check_schedule(self.temperature)
+            schedule_pieces(self.temperature)
         keep("top_k", check_int("top_k", self.top_k, low=-1))
         keep("top_p", check_number("top_p", self.top_p, low=0.0, high=1.0))
         if self.top_p == 0.0:
@@ -190,19 +192,25 @@ _BOOLEANS = (
 )
 
 
-def _check_schedule(schedule: Schedule) -> None:
-    """Refuse a schedule of somebody's own that would fail, or give nonsense, in the middle of a step."""
+def schedule_pieces(schedule: Schedule) -> list[tuple[float, float, float, float, bool]]:
+    """A schedule's pieces; ValueError if they would fail, or give nonsense, in the middle of a step."""
     try:
-        pieces = [(start, low, end, high) for start, low, end, high, _ in schedule.pieces()]
-    except (TypeError, OverflowError) as error:
+        pieces = [(start, low, end, high, bool(cosine)) for start, low, end, high, cosine in schedule.pieces()]
+    except Exception as error:  # whatever somebody's own raises
         raise ValueError(f"temperature is {schedule!r}, whose pieces cannot be had: {error}") from error
     if not pieces:
         raise ValueError(f"temperature is {schedule!r}, which has no pieces; it needs at least one")
-    for start, low, end, high in pieces:
-        for value in (low, high):
-            check_number(f"a temperature of {schedule!r}", value, low=0.0)
-        for position in (start, end):
-            check_number(f"a position of {schedule!r}", position, low=0.0, high=MAX_POSITION)
+
+    def temperature(value: float) -> float:
+        return check_number(f"a temperature of {schedule!r}", value, low=0.0)
+
+    def position(value: float) -> float:
+        return check_number(f"a position of {schedule!r}", value, low=0.0, high=MAX_POSITION)
+
+    return [
+        (position(start), temperature(low), position(end), temperature(high), cosine)
+        for start, low, end, high, cosine in pieces
+    ]
 
 
 def _bias(value: Any) -> dict[int, float] | None:

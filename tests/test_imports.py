@@ -62,7 +62,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": set(),
     "engine": set(),
     "engine.calls": {"engine.llm_engine", "engine.request", *PLAIN},
-    "engine.intake": {"engine.prompts", "engine.request", "engine.scheduler", "engine.tokenizer", *PLAIN},
+    "engine.intake": {
+        "engine.prompts",
+        "engine.request",
+        "engine.scheduler",
+        "engine.tokenizer",
+        "layers.temperature",
+        *PLAIN,
+    },
     "engine.llm_engine": {
         "engine.intake",
         "engine.scheduler",

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from nanovllm.engine.prompts import Prompt, parse_prompt
+from nanovllm.engine.prompts import Prompt, check_text, parse_prompt
 from nanovllm.engine.request import PreparedRequest
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.tokenizer import encode_words
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.layers.temperature import Pieces
+from nanovllm.sampling_params import SamplingParams, schedule_pieces
 from nanovllm.utils.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Intake:
                     )
                 chosen = given or self.default_params
                 if id(chosen) not in kept:
-                    kept[id(chosen)] = chosen.clone()
+                    kept[id(chosen)] = _as_it_is(chosen)
                 prepared.append((name, text, token_ids, kept[id(chosen)]))
                 if token_ids is None and text is not None:
                     texts.append(text)
@@ -155,7 +156,12 @@ class Intake:
     def _encode_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Token ids of ``bad_words``; most requests of a call have the same."""
         if words not in self._encoded_words:
-            self._encoded_words = {words: encode_words(self.tokenizer, words)}
+            for index, word in enumerate(words):
+                check_text(f"bad_words[{index}]", word)
+            spelt = encode_words(self.tokenizer, words)
+            # The tokenizer may know tokens that the model lacks: what is spelt with one cannot be generated anyway.
+            known = tuple(ids for ids in spelt if max(ids) < self.model_config.vocab_size)
+            self._encoded_words = {words: known}
         return self._encoded_words[words]
 
     def _check_length(self, name: str, token_ids: list[int], params: SamplingParams, longest: int) -> int:
@@ -199,6 +205,14 @@ class Intake:
                 "max_tokens or shorten the prompt)"
             )
         return limit
+
+
+def _as_it_is(params: SamplingParams) -> SamplingParams:
+    """A copy that nothing outside can change; ValueError if a temperature schedule of the caller's own has gone bad."""
+    kept = params.clone()
+    if not isinstance(kept.temperature, (int, float)):
+        kept.temperature = Pieces(tuple(schedule_pieces(kept.temperature)))
+    return kept
 
 
 def default_sampling_params(model_config: ModelConfig) -> SamplingParams:

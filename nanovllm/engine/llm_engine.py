@@ -27,7 +27,7 @@ from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.models.registry import get_model_class
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.model_config import load_model_config
+from nanovllm.utils.model_config import end_token_ids, load_model_config
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class LLMEngine:
         get_model_class(self.model_config.architecture)
         resolve_device(config.device)
         default_params = default_sampling_params(self.model_config)
+        self.eos_token_ids = end_token_ids(self.model_config)
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or config.model)
         runner_class = ModelRunner if config.tensor_parallel_size == 1 else ParallelRunner
         self.runner: Any = runner_class(config, self.model_config, self.max_model_len)
@@ -401,7 +402,7 @@ class LLMEngine:
                     request.prompt_token_ids,
                     params,
                     max_output_tokens=request.max_output_tokens,
-                    eos_token_ids=() if params.ignore_eos else self.model_config.eos_token_ids,
+                    eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
                     noise_key=noise_key("request", seed, index)
                     if seed is not None
                     else noise_key("engine", self.config.seed, number),
