@@ -167,7 +167,8 @@ class SamplingParams:
         """A copy, which can be changed without changing this."""
         made = object.__new__(type(self))
         for name in _FIELDS:  # not by assignment: each was checked when it was
-            object.__setattr__(made, name, getattr(self, name))
+            value = getattr(self, name)
+            object.__setattr__(made, name, dict(value) if isinstance(value, dict) else value)
         return made
 
     @classmethod

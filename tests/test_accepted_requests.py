@@ -137,6 +137,51 @@ def test_a_processor_without_a_signature_gets_the_outputs_tokens(llm: LLM) -> No
     assert (len(output["token_ids"]), output.error) == (3, None)
 
 
+class TestKept:
+    """A request keeps its parameters as they were when it was taken."""
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_an_iterator_may_change_what_it_yields(self, llm: LLM, shared: bool) -> None:
+        params = SamplingParams(temperature=0, max_tokens=1)
+        prompt = [7]
+
+        def pairs() -> Iterator[Any]:
+            for token in (10, 20, 30):
+                params.logit_bias = {token: 100.0}
+                prompt.append(token)
+                yield prompt if shared else (prompt, params)
+
+        outputs = list(llm.generate_iter(pairs(), params))
+        assert [output["token_ids"] for output in outputs] == [[10], [20], [30]]
+        assert [output.prompt_token_ids for output in outputs] == [[7, 10], [7, 10, 20], [7, 10, 20, 30]]
+
+    def test_each_seed_of_one_object_counts(self, llm: LLM) -> None:
+        params = SamplingParams(max_tokens=8, ignore_eos=True)
+
+        def pairs() -> Iterator[Any]:
+            for params.seed in range(3):
+                yield [7, 8], params
+
+        outputs = list(llm.generate_iter(pairs()))
+        expected = llm.generate(
+            [[7, 8]] * 3, [SamplingParams(max_tokens=8, ignore_eos=True, seed=seed) for seed in range(3)], False
+        )
+        assert [output["token_ids"] for output in outputs] == [output["token_ids"] for output in expected]
+
+    def test_what_is_changed_in_place_reaches_no_running_request_and_is_checked_for_the_next(self, llm: LLM) -> None:
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logit_bias={10: 100.0})
+        request_id = llm.engine.add_request([7, 8], params)
+        llm.engine.step()
+        for token, bias, message in ((10**9, 5.0, "token id 1000000000"), ("x", 1.0, "'x'"), (3, None, "None")):
+            params.logit_bias[token] = bias  # type: ignore[index]
+            with pytest.raises((TypeError, ValueError), match=f"logit_bias.*{message}"):
+                llm.engine.add_request([7, 8], params)
+            del params.logit_bias[token]  # type: ignore[attr-defined]
+        while llm.engine.has_unfinished_requests:
+            found = {output.request_id: output for output in llm.engine.step()}
+        assert found[request_id]["token_ids"] == [10] * 4
+
+
 class TestEndOfSequence:
     """Ids that the model's vocabulary does not have."""
 

@@ -79,6 +79,12 @@ class TestDefaults:
         copied.n = 3
         assert params.n == 2
 
+    def test_a_clone_shares_no_dictionary(self) -> None:
+        params = SamplingParams(logit_bias={1: 2.0})
+        copied = params.clone()
+        params.logit_bias[10**9] = 5.0  # type: ignore[index]
+        assert copied == SamplingParams(logit_bias={1: 2.0})
+
     @pytest.mark.parametrize("pieces", [[], [(0, float("nan"), 1, 1, False)], [(0, 1.0, 1, -1.0, False)]])
     def test_a_schedule_that_would_fail_later_is_refused(self, pieces: list) -> None:
         class Mine:

@@ -208,8 +208,15 @@ class Intake:
 
 
 def _as_it_is(params: SamplingParams) -> SamplingParams:
-    """A copy that nothing outside can change; ValueError if a temperature schedule of the caller's own has gone bad."""
+    """A copy that nothing outside can change, whatever was changed in place checked again.
+
+    Raises:
+        TypeError: An entry of ``logit_bias`` or of a temperature schedule of the caller's own has the wrong type.
+        ValueError: One is outside its range.
+    """
     kept = params.clone()
+    if kept.logit_bias is not None:
+        kept.logit_bias = kept.logit_bias  # an assignment checks
     if not isinstance(kept.temperature, (int, float)):
         kept.temperature = Pieces(tuple(schedule_pieces(kept.temperature)))
     return kept
