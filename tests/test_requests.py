@@ -282,10 +282,25 @@ class TestSeveralCompletions:
             [one_by_one] = llm.generate([prompt], params, use_tqdm=False)
         with make_tiny(tiny_checkpoint, num_kvcache_blocks=6, max_num_batched_tokens=2) as llm:  # preempted
             [cramped] = llm.generate([prompt], params, use_tqdm=False)
-            assert llm.get_metrics()["num_preemptions"] > 0
+            assert cramped.metrics.num_preemptions == llm.get_metrics()["num_preemptions"] > 0
         found = [completion.token_ids for completion in together.outputs]
         assert len({tuple(tokens) for tokens in found}) == 4
         assert found == [c.token_ids for c in one_by_one.outputs] == [c.token_ids for c in cramped.outputs]
+
+    def test_its_times_are_those_of_the_whole_request(self, tiny: LLM) -> None:
+        for seed in range(100):
+            params = SamplingParams(n=4, max_tokens=30, seed=seed, stop_token_ids=range(20))
+            tiny.engine.add_request([1, 2, 3], params)
+            outputs: list[RequestOutput] = []
+            while not outputs:
+                last_step = time.perf_counter()
+                outputs = tiny.engine.step()
+            [output] = outputs
+            lengths = [len(completion.token_ids) for completion in output.outputs]
+            if lengths[0] < max(lengths):
+                break
+        times = output.metrics
+        assert times.first_scheduled_time < times.first_token_time < last_step < times.finished_time, lengths
 
     def test_the_first_is_that_of_n_1(self, tiny: LLM) -> None:
         def first(n: int) -> list[int]:

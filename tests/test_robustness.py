@@ -684,6 +684,33 @@ def test_text_that_cannot_be_decoded_costs_no_request(tiny_checkpoint: Path) -> 
     assert len(output["token_ids"]) == 2
 
 
+@pytest.mark.parametrize("ending", ["length", "abort"])
+def test_text_that_was_given_out_stays_when_the_tokenizer_fails(tiny_checkpoint: Path, ending: str) -> None:
+    class Tokenizer:
+        def __init__(self) -> None:
+            self.fails = False
+
+        def decode(self, token_ids: list[int], **_: object) -> str:
+            if self.fails:
+                raise RuntimeError("broken")
+            return "".join(chr(ord("a") + token % 26) for token in token_ids)
+
+    with make_llm(tiny_checkpoint) as llm:
+        llm.engine.tokenizer = tokenizer = Tokenizer()
+        pieces = []
+        for piece in llm.stream([[1, 2]], greedy(8)):
+            pieces.append(piece)
+            if len(pieces) == 3:
+                tokenizer.fails = True
+                if ending == "abort":
+                    llm.abort(piece.request_id)
+    output = pieces[-1].output
+    assert output.outputs[0].finish_reason == ending
+    assert len(output["text"]) == 3
+    assert "".join(piece.text for piece in pieces) == output["text"]
+    assert [token for piece in pieces for token in piece.token_ids] == output["token_ids"]
+
+
 def test_an_index_cannot_name_files_outside_its_directory(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "outside.safetensors")
