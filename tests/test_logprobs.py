@@ -181,6 +181,22 @@ class TestStructure:
         special = (output.prompt_logprobs or [])[end]
         assert "<|im_end|>" in [found.decoded_token for found in (special or {}).values()]
 
+    def test_each_token_is_decoded_once(self, demo_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoded: list[int] = []
+        decode = demo_llm.get_tokenizer().decode
+
+        def counted(token_ids: list[int], **options: Any) -> str:
+            decoded.extend(token_ids if len(token_ids) == 1 else [])
+            return decode(token_ids, **options)
+
+        monkeypatch.setattr(demo_llm.engine, "_token_texts", {})
+        monkeypatch.setattr(demo_llm.engine.tokenizer, "decode", counted)
+        params = SamplingParams(max_tokens=2, logprobs=3, ignore_eos=True, seed=1)
+        [output] = demo_llm.generate("add 12 and 30", params, use_tqdm=False)
+        [again] = demo_llm.generate("add 12 and 30", params, use_tqdm=False)
+        assert again.outputs[0].logprobs == output.outputs[0].logprobs
+        assert sorted(decoded) == sorted({token for entry in output.outputs[0].logprobs or () for token in entry})
+
     def test_without_text_there_is_none(self, demo_llm: LLM, shared_llm: LLM) -> None:
         for llm, params in [
             (shared_llm, logprobs_params(1, 1)),

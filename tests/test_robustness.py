@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.engine import llm_engine
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.request import LostRequest
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils import progress
 from tests.checkpoints import make_model, reference_greedy
@@ -460,6 +464,39 @@ def test_a_failing_step_leaves_an_engine_that_takes_new_requests(
     assert_empty(llm)
     llm.engine.add_request(make_prompt(6), greedy())
     assert [output["token_ids"] for output in finish(llm.engine)] == [reference(make_prompt(6), 8)]
+
+
+def test_a_loss_that_is_noted_while_step_asks_is_told(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noting = threading.Event()
+    told: list[str] = []
+
+    def note_slowly(request_id: str, cause: BaseException | None) -> LostRequest:
+        if not noting.is_set():
+            noting.set()
+            time.sleep(0.2)  # meanwhile, in the other thread, step finds the losses of before
+        return LostRequest(request_id, cause)
+
+    with make_llm(tiny_checkpoint) as llm:
+        engine = llm.engine
+        added = engine.add_request([1, 2], greedy(8))
+        engine._lost.append(LostRequest("of before", None))
+        monkeypatch.setattr(llm_engine, "LostRequest", note_slowly)
+        monkeypatch.setattr(engine.runner, "execute", lambda plan: 1 / 0)
+
+        def fail() -> None:
+            with pytest.raises(ZeroDivisionError):
+                llm.generate([[3]], greedy(8), use_tqdm=False)
+
+        failing = threading.Thread(target=fail)
+        failing.start()
+        assert noting.wait(10)
+        while engine.has_unfinished_requests or failing.is_alive():
+            try:
+                engine.step()
+            except RuntimeError as error:
+                told += re.findall(rf"of before|\b{added}\b", str(error).partition("failed: ")[2])
+        failing.join()
+    assert told == ["of before", added]
 
 
 def test_requests_added_by_hand_run_along_and_wait_to_be_fetched(shared_llm: LLM, reference: Reference) -> None:

@@ -82,6 +82,7 @@ class LLMEngine:
         self._lost: list[LostRequest] = []  # of requests without an owner
         self._in_flight: deque[_Step] = deque()  # launched, what they give not yet taken in; oldest first
         self._launching = 0.0  # seconds spent in calls that launched a step and took in none, since the last that did
+        self._token_texts: dict[int, str] = {}  # of single tokens, for log-probabilities
         self._num_requests = 0
         self._num_sequences = 0
         self._lock = threading.RLock()
@@ -176,7 +177,14 @@ class LLMEngine:
                 )
                 tokenizer = self.tokenizer if request.params.detokenize else None
                 self._requests[request_id] = Request(
-                    request_id, request.prompt, prompt_index, request.params, owner, tokenizer, sequences
+                    request_id,
+                    request.prompt,
+                    prompt_index,
+                    request.params,
+                    owner,
+                    tokenizer,
+                    sequences,
+                    self._token_texts,
                 )
                 for seq in sequences:
                     self.scheduler.add(seq)
@@ -194,10 +202,12 @@ class LLMEngine:
             Exception: The step failed or was interrupted, or another call did, whose failure drops all requests. The
                 engine is ready for new ones.
         """
-        lost, self._lost = self._lost, []
-        if lost:
-            names = ", ".join(request.request_id for request in lost)
-            raise RuntimeError(f"requests were dropped by another call that failed: {names}: {lost[0].cause!r}")
+        if self._lost:
+            with _Turn(self), self._lock:  # whoever fails may be in the middle of adding to them
+                lost, self._lost = self._lost, []
+            if lost:  # no other thread's step has told them meanwhile
+                names = ", ".join(request.request_id for request in lost)
+                raise RuntimeError(f"requests were dropped by another call that failed: {names}: {lost[0].cause!r}")
         self.advance()
         with self._lock:
             ready, self._ready = self._ready, []

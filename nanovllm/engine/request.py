@@ -78,6 +78,7 @@ class Request:
         owner: Who waits for it; None for one that was added by hand.
         tokenizer: Makes text of tokens; None if no text is wanted.
         sequences: One a completion, in order.
+        token_texts: What single tokens decode to, as far as any request has asked; shared by all.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class Request:
     owner: Owner | None
     tokenizer: Any
     sequences: list[Sequence]
+    token_texts: dict[int, str] = field(default_factory=dict)
     num_unfinished: int = 0  # sequences whose end was not told yet
     is_followed: bool = False  # whether tokens are looked at as they come, and not only when they are all there
     _detokenizers: dict[int, Detokenizer] = field(default_factory=dict)  # by completion, for those that need one
@@ -223,8 +225,17 @@ class Request:
             found.setdefault(token, Logprob(logprob, rank))
         if self.tokenizer is not None:
             for token, entry in found.items():
-                entry.decoded_token = self._decode([token], False)
+                entry.decoded_token = self._token_text(token)
         return found
+
+    def _token_text(self, token: int) -> str:
+        """What a token decodes to by itself. Every position asks for the same few, and a decode takes 2 us or more."""
+        text = self.token_texts.get(token)
+        if text is None:
+            text = self._decode([token], False)
+            if text:  # or the tokenizer may have failed, this once
+                self.token_texts[token] = text
+        return text
 
     def _give_up(self, detokenizer: Detokenizer) -> None:
         """Decode no more of a completion; what its text is so far may have been given out, and stays."""
