@@ -67,6 +67,8 @@ class SamplingParams:
         logprobs: Give the log-probabilities of each sampled token and of this many of the most likely ones (-1: all),
             of the model's own distribution, before anything above changes it.
         prompt_logprobs: The same of each prompt token but the first.
+        truncate_prompt_tokens: Keep only the last so many tokens of the prompt (-1: as many as ``max_model_len`` holds
+            beside one of output); ``RequestOutput.prompt`` keeps its text. ``None`` refuses a prompt that is too long.
         detokenize: Make text of the output.
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between them; slow tokenizers only.
@@ -97,12 +99,15 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
 
     def __new__(cls, *args: Any, **arguments: Any) -> "SamplingParams":
         for name in arguments:
+            if name in _NOT_HERE:
+                raise TypeError(f"SamplingParams has no argument {name!r}: {_NOT_HERE[name]}")
             if name not in _FIELDS:
                 raise unknown_argument("SamplingParams", name, _FIELDS)
         return object.__new__(cls)
@@ -158,6 +163,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 keep(name, check_int(name, getattr(self, name), low=-1))
+        if self.truncate_prompt_tokens is not None:
+            kept = check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, low=-1)
+            if kept == 0:
+                raise ValueError("truncate_prompt_tokens is 0; it must be at least 1, -1 (what fits) or None (all)")
+            keep("truncate_prompt_tokens", kept)
         for name in _BOOLEANS:
             keep(name, check_bool(name, getattr(self, name)))
         if self.stop and not self.detokenize:
@@ -184,6 +194,22 @@ class SamplingParams:
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _LAST_FIELD = dataclasses.fields(SamplingParams)[-1].name
+# Arguments of vLLM's that we lack, and what to do without them.
+_STRUCTURED = "structured outputs are not there; leave it out, or pass logits_processors of your own"
+_BEAMS = "beam search is not there; leave it out, or take the best of n completions by their cumulative_logprob"
+_NOT_HERE = {
+    "best_of": "leave it out, or generate n completions with logprobs=0 and take the best by their cumulative_logprob",
+    "early_stopping": _BEAMS,
+    "extra_args": "nothing would read them; leave it out",
+    "flat_logprobs": "logprobs are a dictionary a token; leave it out",
+    "guided_decoding": _STRUCTURED,
+    "length_penalty": _BEAMS,
+    "output_kind": "generate gives whole outputs and stream new pieces; leave it out",
+    "skip_reading_prefix_cache": "prompt_logprobs are computed whatever is cached; leave it out, or pass "
+    "LLM(enable_prefix_caching=False)",
+    "structured_outputs": _STRUCTURED,
+    "use_beam_search": _BEAMS,
+}
 _BOOLEANS = (
     "include_stop_str_in_output",
     "ignore_eos",

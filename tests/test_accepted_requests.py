@@ -250,6 +250,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.none() | WHOLE | st.sampled_from([-(2**63), -1, np.uint64(2**64 - 1)]),
     "logprobs": st.none() | WHOLE,
     "prompt_logprobs": st.none() | WHOLE,
+    "truncate_prompt_tokens": st.none() | WHOLE,
     "detokenize": st.booleans(),
     "skip_special_tokens": st.booleans(),
     "spaces_between_special_tokens": st.booleans(),

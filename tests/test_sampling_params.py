@@ -55,6 +55,7 @@ class TestDefaults:
             seed=None,
             logprobs=None,
             prompt_logprobs=None,
+            truncate_prompt_tokens=None,
             detokenize=True,
             skip_special_tokens=True,
             spaces_between_special_tokens=True,
@@ -128,7 +129,8 @@ class TestDefaults:
 
     @pytest.mark.parametrize("wrong", ["beam", "x", "t", "do_sample"])
     def test_all_names_are_listed_where_none_is_near(self, wrong: str) -> None:
-        with pytest.raises(TypeError, match=rf"'{wrong}'; known arguments: allowed_token_ids, .*, top_k, top_p$"):
+        names = "allowed_token_ids, .*, top_k, top_p, truncate_prompt_tokens"
+        with pytest.raises(TypeError, match=rf"'{wrong}'; known arguments: {names}$"):
             SamplingParams(**{wrong: 1})
 
 

@@ -148,6 +148,9 @@ class Intake:
                 f"{field} of {name} needs a tokenizer, and the engine was made with skip_tokenizer_init=True; use "
                 "stop_token_ids or logit_bias"
             )
+        if params.truncate_prompt_tokens is not None:
+            kept = params.truncate_prompt_tokens
+            token_ids = token_ids[-(self.max_model_len - 1 if kept == -1 else kept) :]
         limit = self._check_length(name, token_ids, params, self.max_model_len)
         bad_words = self._encode_words(tuple(params.bad_words)) if params.bad_words else ()
         first_logprob = None if params.prompt_logprobs is None else 1
