@@ -34,6 +34,7 @@ class EngineConfig:
         gpu_memory_utilization: Share of a CUDA device's memory the engine may use.
         enforce_eager: Never capture CUDA graphs, nor record steps on the CPU.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
+        max_logprobs: Most log-probabilities that a request may ask for at each token; -1 sets no limit.
         hf_overrides: Replaces entries of config.json, e.g. ``{"rope_parameters": {...}}``.
         attention_backend: auto, or the name of a backend in ``nanovllm.attention``.
         kvcache_block_size: Tokens a KV block holds; the backend's preferred size by default.
@@ -59,6 +60,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    max_logprobs: int = -1
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     attention_backend: str = "auto"
     kvcache_block_size: int | None = None
@@ -92,6 +94,7 @@ class EngineConfig:
                     "config.json entries"
                 )
         keep("seed", check_int("seed", self.seed, low=-(2**63), high=2**64 - 1))
+        keep("max_logprobs", check_int("max_logprobs", self.max_logprobs, low=-1))
         for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
             keep(name, check_int(name, getattr(self, name), low=1))
         for name in ("kvcache_block_size", "num_kvcache_blocks"):

@@ -12,6 +12,7 @@ import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.engine import intake
 from nanovllm.layers.temperature import Linear
 from nanovllm.outputs import Logprob
 from tests.checkpoints import load_reference, reference_logits
@@ -166,6 +167,26 @@ class TestStructure:
             assert len(entry or {}) >= min(VOCAB_SIZE - 1, number % VOCAB_SIZE)
             if number != VOCAB_SIZE - 1:
                 assert sum(math.exp(found.logprob) for found in (entry or {}).values()) == pytest.approx(1, abs=1e-5)
+
+    @pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+    def test_no_more_than_max_logprobs(self, tiny_checkpoint: Path, field: str) -> None:
+        with make_llm(tiny_checkpoint, max_logprobs=20) as llm:
+            assert llm.generate([[1, 2]], SamplingParams(max_tokens=2, **{field: 20}), use_tqdm=False)
+            for number, shown in ((21, "21"), (-1, r"-1 \(all 211\)")):
+                with pytest.raises(ValueError, match=rf"^{field} of the prompt is {shown}; max_logprobs is 20 \(lower"):
+                    llm.generate([[1, 2]], SamplingParams(max_tokens=2, **{field: number}), use_tqdm=False)
+        with make_llm(tiny_checkpoint, max_logprobs=VOCAB_SIZE) as llm:
+            assert llm.generate([[1, 2]], SamplingParams(max_tokens=2, **{field: -1}), use_tqdm=False)
+
+    @pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+    def test_no_more_than_memory_holds(self, shared_llm: LLM, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(intake, "MAX_LOGPROBS", 4 * VOCAB_SIZE)
+        params = SamplingParams(max_tokens=4, **{field: -1})
+        assert shared_llm.generate([[1] * 5], params, use_tqdm=False)
+        params.max_tokens = 5
+        message = rf"{field} of prompt 1 is -1 \(all 211\), which for 5 tokens makes up to 1,055 .* at most 844 are"
+        with pytest.raises(ValueError, match=message):
+            shared_llm.generate([[1], [1] * 6], [SamplingParams(), params], use_tqdm=False)
 
     def test_tokens_have_text(self, demo_llm: LLM) -> None:
         tokenizer = demo_llm.get_tokenizer()

@@ -14,6 +14,10 @@ from nanovllm.utils.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
+# Log-probabilities of one prompt or completion. As Python's objects so many take a few GB: all of the vocabulary of
+# 151,936 for 110 tokens, or 128 a token for 131,072.
+MAX_LOGPROBS = 2**24
+
 
 class Intake:
     """Checks requests against the model and the KV cache.
@@ -24,6 +28,7 @@ class Intake:
         default_params: Sampling parameters of requests without their own.
         max_model_len: Most tokens of a sequence.
         scheduler: Knows what the KV cache holds.
+        max_logprobs: Most log-probabilities asked for at a token; -1 for no limit.
     """
 
     def __init__(
@@ -33,12 +38,14 @@ class Intake:
         default_params: SamplingParams,
         max_model_len: int,
         scheduler: Scheduler,
+        max_logprobs: int = -1,
     ) -> None:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.default_params = default_params
         self.max_model_len = max_model_len
         self.scheduler = scheduler
+        self.max_logprobs = max_logprobs
         self._has_warned_of_max_tokens = False
         self._encoded_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}  # of the latest bad_words
 
@@ -152,6 +159,8 @@ class Intake:
             kept = params.truncate_prompt_tokens
             token_ids = token_ids[-(self.max_model_len - 1 if kept == -1 else kept) :]
         limit = self._check_length(name, token_ids, params, self.max_model_len)
+        self._check_logprobs("prompt_logprobs", name, params.prompt_logprobs, len(token_ids) - 1)
+        self._check_logprobs("logprobs", name, params.logprobs, limit)
         bad_words = self._encode_words(tuple(params.bad_words)) if params.bad_words else ()
         first_logprob = None if params.prompt_logprobs is None else 1
         return PreparedRequest(text, token_ids, params, limit, bad_words, first_logprob)
@@ -166,6 +175,21 @@ class Intake:
             known = tuple(ids for ids in spelt if max(ids) < self.model_config.vocab_size)
             self._encoded_words = {words: known}
         return self._encoded_words[words]
+
+    def _check_logprobs(self, field: str, name: str, number: int | None, num_tokens: int) -> None:
+        """Refuse a ``number`` of log-probabilities (-1: all) for each of so many tokens that is over a limit."""
+        if number is None:
+            return
+        vocab_size = self.model_config.vocab_size
+        each = vocab_size if number == -1 else min(number, vocab_size)
+        wanted = f"{field} of {name} is {number}" + (f" (all {vocab_size:,})" if number == -1 else "")
+        if -1 < self.max_logprobs < each:
+            raise ValueError(f"{wanted}; max_logprobs is {self.max_logprobs} (lower {field}, or raise max_logprobs)")
+        if each * num_tokens > MAX_LOGPROBS:
+            raise ValueError(
+                f"{wanted}, which for {num_tokens:,} tokens makes up to {each * num_tokens:,} log-probabilities; at "
+                f"most {MAX_LOGPROBS:,} are given of a prompt or completion (lower {field}, or the number of tokens)"
+            )
 
     def _check_length(self, name: str, token_ids: list[int], params: SamplingParams, longest: int) -> int:
         """Check a prompt's ids and room; returns the most tokens it may generate."""

@@ -75,7 +75,9 @@ class LLMEngine:
         # A step that is replayed costs the host next to nothing, one with a prompt in it as much as launching it does.
         policy = AdmissionPolicy(max(1, self.runner.num_slots // 16)) if self.runner.graphs else AdmissionPolicy()
         self.scheduler = Scheduler(block_manager, self.runner.num_slots, self.runner.max_step_tokens, policy)
-        self.intake = Intake(self.model_config, self.tokenizer, default_params, self.max_model_len, self.scheduler)
+        self.intake = Intake(
+            self.model_config, self.tokenizer, default_params, self.max_model_len, self.scheduler, config.max_logprobs
+        )
         self.counters = Counters()
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # finished, of requests without an owner
