@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.utils.validation import check_bool, check_device, check_int, check_number, unknown_argument
+from nanovllm.utils.vllm_arguments import ELSEWHERE, check_elsewhere
 
 QUANTIZATIONS = (None, "int8")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -33,6 +34,7 @@ class EngineConfig:
         gpu_memory_utilization: Share of a CUDA device's memory the engine may use.
         enforce_eager: Never capture CUDA graphs, nor record steps on the CPU.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
+        max_logprobs: Most log-probabilities that a request may ask for at each token; -1 sets no limit.
         hf_overrides: Replaces entries of config.json, e.g. ``{"rope_parameters": {...}}``.
         attention_backend: auto, or the name of a backend in ``nanovllm.attention``.
         kvcache_block_size: Tokens a KV block holds; the backend's preferred size by default.
@@ -58,6 +60,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    max_logprobs: int = -1
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     attention_backend: str = "auto"
     kvcache_block_size: int | None = None
@@ -88,6 +91,7 @@ class EngineConfig:
                     "config.json entries"
                 )
         keep("seed", check_int("seed", self.seed, low=-(2**63), high=2**64 - 1))
+        keep("max_logprobs", check_int("max_logprobs", self.max_logprobs, low=-1))
         for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
             keep(name, check_int(name, getattr(self, name), low=1))
         for name in ("kvcache_block_size", "num_kvcache_blocks"):
@@ -127,8 +131,8 @@ class EngineConfig:
         """
         places = {"revision", "tokenizer_revision", "download_dir"}
         known = {f.name for f in dataclasses.fields(cls)} - {"model"} | places
-        for name in [name for name in arguments if name in _ELSEWHERE]:
-            _check_elsewhere(name, arguments.pop(name))
+        for name in [name for name in arguments if name in ELSEWHERE]:
+            check_elsewhere(name, arguments.pop(name))
         for name in arguments:
             if name not in known:
                 raise unknown_argument("LLM", name, known)
@@ -158,31 +162,6 @@ class EngineConfig:
         if tokenizer is not None:
             tokenizer = find_checkpoint(tokenizer, tokenizer_revision, download_dir, kind="tokenizer")
         return cls(model=found, tokenizer=tokenizer, **arguments)
-
-
-# Arguments of vLLM's that we lack: what asks for nothing that we do not do anyway (None: any value), or our name.
-_ELSEWHERE: dict[str, tuple[Any, ...] | str | None] = {
-    "block_size": "kvcache_block_size",
-    "num_gpu_blocks_override": "num_kvcache_blocks",
-    "cpu_offload_gb": (0,),
-    "disable_log_stats": None,
-    "distributed_executor_backend": None,
-    "enable_chunked_prefill": (None, True),
-    "kv_cache_dtype": ("auto",),
-    "load_format": ("auto", "safetensors"),
-    "pipeline_parallel_size": (1,),
-    "swap_space": None,
-    "tokenizer_mode": ("auto",),
-    "trust_remote_code": (False,),
-}
-
-
-def _check_elsewhere(name: str, value: Any) -> None:
-    allowed = _ELSEWHERE[name]
-    if isinstance(allowed, str):
-        raise TypeError(f"LLM has no argument {name!r}; here it is {allowed!r}")
-    if allowed is not None and value not in allowed:
-        raise ValueError(f"{name} is {value!r}, which is not supported; leave it out")
 
 
 def _dtype_name(dtype: Any) -> Any:

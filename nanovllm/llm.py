@@ -56,6 +56,8 @@ class LLM:
         enforce_eager: Never capture CUDA graphs, nor record steps on the CPU: launch decode steps operation by
             operation.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
+        max_logprobs: Most log-probabilities that a request may ask for at each token (``logprobs``,
+            ``prompt_logprobs``); -1 sets no limit but that of a prompt or completion, 2^24 in all.
         hf_overrides: Replaces entries of config.json, in either of its spellings.
         attention_backend: auto, which takes the first that fits; triton or flash_attn (CUDA; for the latter
             ``pip install "nanovllm[flash-attn]" --no-build-isolation``), cpu (numba's kernels), or matmul (any device).
@@ -92,6 +94,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
+        max_logprobs: int = -1,
         hf_overrides: dict[str, Any] | None = None,
         attention_backend: str = "auto",
         kvcache_block_size: int | None = None,
@@ -119,6 +122,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=enforce_eager,
             enable_prefix_caching=enable_prefix_caching,
+            max_logprobs=max_logprobs,
             hf_overrides=hf_overrides,
             attention_backend=attention_backend,
             kvcache_block_size=kvcache_block_size,

@@ -52,9 +52,9 @@ class RequestMetrics:
     Args:
         arrival_time: The request was added.
         first_scheduled_time: Its first token was scheduled.
-        first_token_time: Its first output token was known.
-        finished_time: Its last output token was known.
-        num_preemptions: How often it was preempted and recomputed.
+        first_token_time: Its first output token was known, of whichever completion.
+        finished_time: The last output token of its last completion was known.
+        num_preemptions: How often one of its completions was preempted and recomputed.
     """
 
     arrival_time: float

@@ -11,6 +11,8 @@ from nanovllm.utils.validation import check_bool, check_int, check_number, unkno
 MAX_LOGIT_BIAS = 100.0
 # Of a temperature schedule: float32, in which it is evaluated, holds all whole numbers up to this.
 MAX_POSITION = 2.0**24
+# Each completion is a sequence with a copy of the prompt, made while everybody waits.
+MAX_COMPLETIONS = 2**14
 
 
 @runtime_checkable
@@ -32,7 +34,7 @@ class SamplingParams:
     ``logit_bias``, ``bad_words`` and ``min_tokens``; the penalties; ``temperature``; ``min_p``; ``top_k``; ``top_p``.
 
     Args:
-        n: Completions of the prompt; they share its KV blocks.
+        n: Completions of the prompt, at most 16,384; they share its KV blocks.
         temperature: Divides the logits before sampling; 0 takes the most likely token (greedy). Or a schedule over the
             output positions (:mod:`nanovllm.layers.temperature`).
         top_k: Sample among the k most likely tokens; 0 and -1 mean all.
@@ -65,6 +67,8 @@ class SamplingParams:
         logprobs: Give the log-probabilities of each sampled token and of this many of the most likely ones (-1: all),
             of the model's own distribution, before anything above changes it.
         prompt_logprobs: The same of each prompt token but the first.
+        truncate_prompt_tokens: Keep only the last so many tokens of the prompt (-1: as many as ``max_model_len`` holds
+            beside one of output); ``RequestOutput.prompt`` keeps its text. ``None`` refuses a prompt that is too long.
         detokenize: Make text of the output.
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between them; slow tokenizers only.
@@ -95,12 +99,15 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
 
     def __new__(cls, *args: Any, **arguments: Any) -> "SamplingParams":
         for name in arguments:
+            if name in _NOT_HERE:
+                raise TypeError(f"SamplingParams has no argument {name!r}: {_NOT_HERE[name]}")
             if name not in _FIELDS:
                 raise unknown_argument("SamplingParams", name, _FIELDS)
         return object.__new__(cls)
@@ -122,11 +129,11 @@ class SamplingParams:
         def keep(name: str, value: object) -> None:  # as Python's own, whichever kind was given
             object.__setattr__(self, name, value)
 
-        keep("n", check_int("n", self.n, low=1))
+        keep("n", check_int("n", self.n, low=1, high=MAX_COMPLETIONS))
         if not isinstance(self.temperature, Schedule) or isinstance(self.temperature, type):
             keep("temperature", check_number("temperature", self.temperature, low=0.0))
         else:
-            _check_schedule(self.temperature)
+            schedule_pieces(self.temperature)
         keep("top_k", check_int("top_k", self.top_k, low=-1))
         keep("top_p", check_number("top_p", self.top_p, low=0.0, high=1.0))
         if self.top_p == 0.0:
@@ -156,6 +163,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 keep(name, check_int(name, getattr(self, name), low=-1))
+        if self.truncate_prompt_tokens is not None:
+            kept = check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, low=-1)
+            if kept == 0:
+                raise ValueError("truncate_prompt_tokens is 0; it must be at least 1, -1 (what fits) or None (all)")
+            keep("truncate_prompt_tokens", kept)
         for name in _BOOLEANS:
             keep(name, check_bool(name, getattr(self, name)))
         if self.stop and not self.detokenize:
@@ -165,7 +177,8 @@ class SamplingParams:
         """A copy, which can be changed without changing this."""
         made = object.__new__(type(self))
         for name in _FIELDS:  # not by assignment: each was checked when it was
-            object.__setattr__(made, name, getattr(self, name))
+            value = getattr(self, name)
+            object.__setattr__(made, name, dict(value) if isinstance(value, dict) else value)
         return made
 
     @classmethod
@@ -181,6 +194,22 @@ class SamplingParams:
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _LAST_FIELD = dataclasses.fields(SamplingParams)[-1].name
+# Arguments of vLLM's that we lack, and what to do without them.
+_STRUCTURED = "structured outputs are not there; leave it out, or pass logits_processors of your own"
+_BEAMS = "beam search is not there; leave it out, or take the best of n completions by their cumulative_logprob"
+_NOT_HERE = {
+    "best_of": "leave it out, or generate n completions with logprobs=0 and take the best by their cumulative_logprob",
+    "early_stopping": _BEAMS,
+    "extra_args": "nothing would read them; leave it out",
+    "flat_logprobs": "logprobs are a dictionary a token; leave it out",
+    "guided_decoding": _STRUCTURED,
+    "length_penalty": _BEAMS,
+    "output_kind": "generate gives whole outputs and stream new pieces; leave it out",
+    "skip_reading_prefix_cache": "prompt_logprobs are computed whatever is cached; leave it out, or pass "
+    "LLM(enable_prefix_caching=False)",
+    "structured_outputs": _STRUCTURED,
+    "use_beam_search": _BEAMS,
+}
 _BOOLEANS = (
     "include_stop_str_in_output",
     "ignore_eos",
@@ -190,19 +219,25 @@ _BOOLEANS = (
 )
 
 
-def _check_schedule(schedule: Schedule) -> None:
-    """Refuse a schedule of somebody's own that would fail, or give nonsense, in the middle of a step."""
+def schedule_pieces(schedule: Schedule) -> list[tuple[float, float, float, float, bool]]:
+    """A schedule's pieces; ValueError if they would fail, or give nonsense, in the middle of a step."""
     try:
-        pieces = [(start, low, end, high) for start, low, end, high, _ in schedule.pieces()]
-    except (TypeError, OverflowError) as error:
+        pieces = [(start, low, end, high, bool(cosine)) for start, low, end, high, cosine in schedule.pieces()]
+    except Exception as error:  # whatever somebody's own raises
         raise ValueError(f"temperature is {schedule!r}, whose pieces cannot be had: {error}") from error
     if not pieces:
         raise ValueError(f"temperature is {schedule!r}, which has no pieces; it needs at least one")
-    for start, low, end, high in pieces:
-        for value in (low, high):
-            check_number(f"a temperature of {schedule!r}", value, low=0.0)
-        for position in (start, end):
-            check_number(f"a position of {schedule!r}", position, low=0.0, high=MAX_POSITION)
+
+    def temperature(value: float) -> float:
+        return check_number(f"a temperature of {schedule!r}", value, low=0.0)
+
+    def position(value: float) -> float:
+        return check_number(f"a position of {schedule!r}", value, low=0.0, high=MAX_POSITION)
+
+    return [
+        (position(start), temperature(low), position(end), temperature(high), cosine)
+        for start, low, end, high, cosine in pieces
+    ]
 
 
 def _bias(value: Any) -> dict[int, float] | None:

@@ -63,7 +63,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": set(),
     "engine": set(),
     "engine.calls": {"engine.llm_engine", "engine.request", *PLAIN},
-    "engine.intake": {"engine.prompts", "engine.request", "engine.scheduler", "engine.tokenizer", *PLAIN},
+    "engine.intake": {
+        "engine.prompts",
+        "engine.request",
+        "engine.scheduler",
+        "engine.tokenizer",
+        "layers.temperature",
+        *PLAIN,
+    },
     "engine.llm_engine": {
         "engine.admission",
         "engine.intake",

@@ -12,6 +12,7 @@ import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.engine import intake
 from nanovllm.layers.temperature import Linear
 from nanovllm.outputs import Logprob
 from tests.checkpoints import load_reference, reference_logits
@@ -167,6 +168,26 @@ class TestStructure:
             if number != VOCAB_SIZE - 1:
                 assert sum(math.exp(found.logprob) for found in (entry or {}).values()) == pytest.approx(1, abs=1e-5)
 
+    @pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+    def test_no_more_than_max_logprobs(self, tiny_checkpoint: Path, field: str) -> None:
+        with make_llm(tiny_checkpoint, max_logprobs=20) as llm:
+            assert llm.generate([[1, 2]], SamplingParams(max_tokens=2, **{field: 20}), use_tqdm=False)
+            for number, shown in ((21, "21"), (-1, r"-1 \(all 211\)")):
+                with pytest.raises(ValueError, match=rf"^{field} of the prompt is {shown}; max_logprobs is 20 \(lower"):
+                    llm.generate([[1, 2]], SamplingParams(max_tokens=2, **{field: number}), use_tqdm=False)
+        with make_llm(tiny_checkpoint, max_logprobs=VOCAB_SIZE) as llm:
+            assert llm.generate([[1, 2]], SamplingParams(max_tokens=2, **{field: -1}), use_tqdm=False)
+
+    @pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+    def test_no_more_than_memory_holds(self, shared_llm: LLM, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(intake, "MAX_LOGPROBS", 4 * VOCAB_SIZE)
+        params = SamplingParams(max_tokens=4, **{field: -1})
+        assert shared_llm.generate([[1] * 5], params, use_tqdm=False)
+        params.max_tokens = 5
+        message = rf"{field} of prompt 1 is -1 \(all 211\), which for 5 tokens makes up to 1,055 .* at most 844 are"
+        with pytest.raises(ValueError, match=message):
+            shared_llm.generate([[1], [1] * 6], [SamplingParams(), params], use_tqdm=False)
+
     def test_tokens_have_text(self, demo_llm: LLM) -> None:
         tokenizer = demo_llm.get_tokenizer()
         prompt = tokenizer.apply_chat_template(
@@ -180,6 +201,22 @@ class TestStructure:
         end = output.prompt_token_ids.index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
         special = (output.prompt_logprobs or [])[end]
         assert "<|im_end|>" in [found.decoded_token for found in (special or {}).values()]
+
+    def test_each_token_is_decoded_once(self, demo_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoded: list[int] = []
+        decode = demo_llm.get_tokenizer().decode
+
+        def counted(token_ids: list[int], **options: Any) -> str:
+            decoded.extend(token_ids if len(token_ids) == 1 else [])
+            return decode(token_ids, **options)
+
+        monkeypatch.setattr(demo_llm.engine, "_token_texts", {})
+        monkeypatch.setattr(demo_llm.engine.tokenizer, "decode", counted)
+        params = SamplingParams(max_tokens=2, logprobs=3, ignore_eos=True, seed=1)
+        [output] = demo_llm.generate("add 12 and 30", params, use_tqdm=False)
+        [again] = demo_llm.generate("add 12 and 30", params, use_tqdm=False)
+        assert again.outputs[0].logprobs == output.outputs[0].logprobs
+        assert sorted(decoded) == sorted({token for entry in output.outputs[0].logprobs or () for token in entry})
 
     def test_without_text_there_is_none(self, demo_llm: LLM, shared_llm: LLM) -> None:
         for llm, params in [

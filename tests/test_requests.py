@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.config import EngineConfig
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.metrics import percentiles
@@ -23,6 +24,7 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.tokenizer import template_options
 from nanovllm.utils.progress import ProgressBar
+from nanovllm.utils.vllm_arguments import ELSEWHERE, INSTEAD
 from tests.checkpoints import make_model
 from tests.simulation import interrupt_at_lines
 from tests.threads import one_thread  # noqa: F401
@@ -49,7 +51,7 @@ def make_tiny(checkpoint: Path, **changes: Any) -> LLM:
     return LLM(checkpoint, **{**arguments, **changes})
 
 
-def greedy(max_tokens: int = 60, **changes: Any) -> SamplingParams:
+def greedy(max_tokens: int | None = 60, **changes: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, **changes)
 
 
@@ -282,10 +284,25 @@ class TestSeveralCompletions:
             [one_by_one] = llm.generate([prompt], params, use_tqdm=False)
         with make_tiny(tiny_checkpoint, num_kvcache_blocks=6, max_num_batched_tokens=2) as llm:  # preempted
             [cramped] = llm.generate([prompt], params, use_tqdm=False)
-            assert llm.get_metrics()["num_preemptions"] > 0
+            assert cramped.metrics.num_preemptions == llm.get_metrics()["num_preemptions"] > 0
         found = [completion.token_ids for completion in together.outputs]
         assert len({tuple(tokens) for tokens in found}) == 4
         assert found == [c.token_ids for c in one_by_one.outputs] == [c.token_ids for c in cramped.outputs]
+
+    def test_its_times_are_those_of_the_whole_request(self, tiny: LLM) -> None:
+        for seed in range(100):
+            params = SamplingParams(n=4, max_tokens=30, seed=seed, stop_token_ids=range(20))
+            tiny.engine.add_request([1, 2, 3], params)
+            outputs: list[RequestOutput] = []
+            while not outputs:
+                last_step = time.perf_counter()
+                outputs = tiny.engine.step()
+            [output] = outputs
+            lengths = [len(completion.token_ids) for completion in output.outputs]
+            if lengths[0] < max(lengths):
+                break
+        times = output.metrics
+        assert times.first_scheduled_time < times.first_token_time < last_step < times.finished_time, lengths
 
     def test_the_first_is_that_of_n_1(self, tiny: LLM) -> None:
         def first(n: int) -> list[int]:
@@ -306,26 +323,80 @@ class TestArgumentsOfVllm:
     """Arguments that we lack are taken where they ask for nothing, and else refused with the reason."""
 
     def test_values_that_ask_for_nothing(self, tiny_checkpoint: Path) -> None:
-        make_tiny(
-            tiny_checkpoint, trust_remote_code=False, quantization=None, swap_space=4, enable_chunked_prefill=True
-        ).close()
+        arguments = {"trust_remote_code": False, "quantization": None, "swap_space": 4, "enable_chunked_prefill": True}
+        arguments |= {"generation_config": "auto", "enable_lora": False, "data_parallel_size": 1, "rope_scaling": {}}
+        arguments |= {"max_seq_len_to_capture": 8192, "disable_custom_all_reduce": True, "compilation_config": 3}
+        arguments |= {"tokenizer_revision": None, "speculative_config": None, "task": "generate", "hf_token": None}
+        make_tiny(tiny_checkpoint, **arguments).close()
 
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
             ({"quantization": "awq"}, ValueError, "quantization is 'awq', which is not supported"),
             ({"block_size": 16}, TypeError, "has no argument 'block_size'; here it is 'kvcache_block_size'"),
-            ({"pipeline_parallel_size": 2}, ValueError, "pipeline_parallel_size is 2"),
+            ({"pipeline_parallel_size": 2}, ValueError, "pipeline_parallel_size is 2.* with tensor_parallel_size"),
+            ({"enable_lora": True}, ValueError, "enable_lora is True, .*; merge the adapter"),
+            ({"generation_config": "vllm"}, ValueError, "'vllm', .*; pass sampling_params to each call"),
+            ({"rope_scaling": {"factor": 2}}, ValueError, "rope_scaling is .*; pass hf_overrides="),
+            ({"speculative_config": {"model": "x"}}, ValueError, "speculative_config is .*; leave it out"),
         ],
     )
     def test_others(self, tiny_checkpoint: Path, arguments: dict, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
             make_tiny(tiny_checkpoint, **arguments)
 
+    def test_what_explains_itself_is_of_an_argument_that_is_refused(self) -> None:
+        assert INSTEAD.keys() <= {name for name, allowed in ELSEWHERE.items() if isinstance(allowed, tuple)}
+        assert not ELSEWHERE.keys() & EngineConfig.__dataclass_fields__.keys()
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("guided_decoding", "structured outputs are not there"),
+            ("structured_outputs", "structured outputs are not there"),
+            ("use_beam_search", "beam search is not there"),
+            ("best_of", "generate n completions with logprobs=0"),
+            ("output_kind", "leave it out"),
+        ],
+    )
+    def test_sampling_parameters(self, name: str, message: str) -> None:
+        with pytest.raises(TypeError, match=f"SamplingParams has no argument '{name}': .*{message}"):
+            SamplingParams(**{name: None})
+
     def test_messages_are_not_prompts(self, demo: LLM) -> None:
         for prompts in (QUESTION, [QUESTION]):
             with pytest.raises(ValueError, match=r"answer conversations with llm\.chat"):
                 demo.generate(prompts, use_tqdm=False)
+
+
+class TestTruncation:
+    """truncate_prompt_tokens."""
+
+    @pytest.mark.parametrize(("wanted", "kept"), [(None, 9), (9, 9), (100, 9), (3, 3), (1, 1), (-1, 9)])
+    def test_the_last_tokens_are_kept(self, tiny: LLM, wanted: int | None, kept: int) -> None:
+        prompt = list(range(30, 39))
+        params = greedy(4, ignore_eos=True, truncate_prompt_tokens=wanted, prompt_logprobs=0)
+        [output] = tiny.generate([prompt], params, use_tqdm=False)
+        assert output.prompt_token_ids == prompt[-kept:]
+        assert len(output.prompt_logprobs) == kept
+        [expected] = tiny.generate([prompt[-kept:]], greedy(4, ignore_eos=True), use_tqdm=False)
+        assert output["token_ids"] == expected["token_ids"]
+
+    def test_a_prompt_longer_than_the_context_is_brought_to_what_fits(self, tiny_checkpoint: Path) -> None:
+        with make_tiny(tiny_checkpoint, max_model_len=16) as llm:
+            prompt = list(range(40))
+            with pytest.raises(ValueError, match="the prompt has 40 tokens; max_model_len is 16"):
+                llm.generate([prompt], greedy(), use_tqdm=False)
+            [output] = llm.generate([prompt], greedy(None, truncate_prompt_tokens=-1), use_tqdm=False)
+            assert output.prompt_token_ids == prompt[-15:]
+            assert len(output["token_ids"]) == 1
+            with pytest.raises(ValueError, match="the prompt has 20 tokens; max_model_len is 16"):
+                llm.generate([prompt], greedy(None, truncate_prompt_tokens=20), use_tqdm=False)
+
+    @pytest.mark.parametrize("wrong", [0, -2, 1.5, True])
+    def test_others_are_refused(self, wrong: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="truncate_prompt_tokens is"):
+            SamplingParams(truncate_prompt_tokens=wrong)
 
 
 class TestStream:

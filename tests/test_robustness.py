@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.engine import llm_engine
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.request import LostRequest
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils import progress
 from tests.checkpoints import make_model, reference_greedy
@@ -462,6 +466,39 @@ def test_a_failing_step_leaves_an_engine_that_takes_new_requests(
     assert [output["token_ids"] for output in finish(llm.engine)] == [reference(make_prompt(6), 8)]
 
 
+def test_a_loss_that_is_noted_while_step_asks_is_told(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noting = threading.Event()
+    told: list[str] = []
+
+    def note_slowly(request_id: str, cause: BaseException | None) -> LostRequest:
+        if not noting.is_set():
+            noting.set()
+            time.sleep(0.2)  # meanwhile, in the other thread, step finds the losses of before
+        return LostRequest(request_id, cause)
+
+    with make_llm(tiny_checkpoint) as llm:
+        engine = llm.engine
+        added = engine.add_request([1, 2], greedy(8))
+        engine._lost.append(LostRequest("of before", None))
+        monkeypatch.setattr(llm_engine, "LostRequest", note_slowly)
+        monkeypatch.setattr(engine.runner, "execute", lambda plan: 1 / 0)
+
+        def fail() -> None:
+            with pytest.raises(ZeroDivisionError):
+                llm.generate([[3]], greedy(8), use_tqdm=False)
+
+        failing = threading.Thread(target=fail)
+        failing.start()
+        assert noting.wait(10)
+        while engine.has_unfinished_requests or failing.is_alive():
+            try:
+                engine.step()
+            except RuntimeError as error:
+                told += re.findall(rf"of before|\b{added}\b", str(error).partition("failed: ")[2])
+        failing.join()
+    assert told == ["of before", added]
+
+
 def test_requests_added_by_hand_run_along_and_wait_to_be_fetched(shared_llm: LLM, reference: Reference) -> None:
     request_id = shared_llm.engine.add_request([1, 2], greedy())
     assert generate(shared_llm, [[3] * 5], greedy(20)) == [reference([3] * 5, 20)]
@@ -682,6 +719,33 @@ def test_text_that_cannot_be_decoded_costs_no_request(tiny_checkpoint: Path) -> 
         output = llm.generate([[1, 2]], greedy(2), use_tqdm=False)[0]
     assert output["text"] == ""
     assert len(output["token_ids"]) == 2
+
+
+@pytest.mark.parametrize("ending", ["length", "abort"])
+def test_text_that_was_given_out_stays_when_the_tokenizer_fails(tiny_checkpoint: Path, ending: str) -> None:
+    class Tokenizer:
+        def __init__(self) -> None:
+            self.fails = False
+
+        def decode(self, token_ids: list[int], **_: object) -> str:
+            if self.fails:
+                raise RuntimeError("broken")
+            return "".join(chr(ord("a") + token % 26) for token in token_ids)
+
+    with make_llm(tiny_checkpoint) as llm:
+        llm.engine.tokenizer = tokenizer = Tokenizer()
+        pieces = []
+        for piece in llm.stream([[1, 2]], greedy(8)):
+            pieces.append(piece)
+            if len(pieces) == 3:
+                tokenizer.fails = True
+                if ending == "abort":
+                    llm.abort(piece.request_id)
+    output = pieces[-1].output
+    assert output.outputs[0].finish_reason == ending
+    assert len(output["text"]) == 3
+    assert "".join(piece.text for piece in pieces) == output["text"]
+    assert [token for piece in pieces for token in piece.token_ids] == output["token_ids"]
 
 
 def test_an_index_cannot_name_files_outside_its_directory(tiny_checkpoint: Path, tmp_path: Path) -> None:

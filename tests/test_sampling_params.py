@@ -55,6 +55,7 @@ class TestDefaults:
             seed=None,
             logprobs=None,
             prompt_logprobs=None,
+            truncate_prompt_tokens=None,
             detokenize=True,
             skip_special_tokens=True,
             spaces_between_special_tokens=True,
@@ -78,6 +79,12 @@ class TestDefaults:
         copied = params.clone()
         copied.n = 3
         assert params.n == 2
+
+    def test_a_clone_shares_no_dictionary(self) -> None:
+        params = SamplingParams(logit_bias={1: 2.0})
+        copied = params.clone()
+        params.logit_bias[10**9] = 5.0  # type: ignore[index]
+        assert copied == SamplingParams(logit_bias={1: 2.0})
 
     @pytest.mark.parametrize("pieces", [[], [(0, float("nan"), 1, 1, False)], [(0, 1.0, 1, -1.0, False)]])
     def test_a_schedule_that_would_fail_later_is_refused(self, pieces: list) -> None:
@@ -122,7 +129,8 @@ class TestDefaults:
 
     @pytest.mark.parametrize("wrong", ["beam", "x", "t", "do_sample"])
     def test_all_names_are_listed_where_none_is_near(self, wrong: str) -> None:
-        with pytest.raises(TypeError, match=rf"'{wrong}'; known arguments: allowed_token_ids, .*, top_k, top_p$"):
+        names = "allowed_token_ids, .*, top_k, top_p, truncate_prompt_tokens"
+        with pytest.raises(TypeError, match=rf"'{wrong}'; known arguments: {names}$"):
             SamplingParams(**{wrong: 1})
 
 
@@ -143,8 +151,8 @@ class TestValidation:
             ("top_p", 0, r"in \(0, 1\].*temperature=0"),
             ("max_tokens", 0, "whole number of at least 1"),
             ("max_tokens", -5, "whole number of at least 1"),
-            ("n", 0, "whole number of at least 1"),
-            ("n", -1, "whole number of at least 1"),
+            ("n", 0, "whole number from 1 to 16384"),
+            ("n", -1, "whole number from 1 to 16384"),
             ("min_p", -0.01, "finite number from 0.0 to 1.0"),
             ("min_p", 1.01, "finite number from 0.0 to 1.0"),
             ("min_p", math.nan, "finite number from 0.0 to 1.0"),
@@ -187,9 +195,9 @@ class TestValidation:
             ("ignore_eos", 1, "True or False"),
             ("ignore_eos", None, "True or False"),
             ("ignore_eos", "yes", "True or False"),
-            ("n", 1.0, "whole number of at least 1"),
-            ("n", True, "whole number of at least 1"),
-            ("n", None, "whole number of at least 1"),
+            ("n", 1.0, "whole number from 1 to 16384"),
+            ("n", True, "whole number from 1 to 16384"),
+            ("n", None, "whole number from 1 to 16384"),
             ("temperature", Linear, "number of at least 0.0"),
             ("min_p", None, "number from 0.0 to 1.0"),
             ("min_p", "0.1", "number from 0.0 to 1.0"),

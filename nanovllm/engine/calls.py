@@ -88,8 +88,7 @@ def iterate(
         while more or num_running:
             num_held = len(held)
             while more and room - num_running >= refill:
-                items, more, failure = _take(prompts, min(CHUNK, room - num_running))
-                pairs = [_as_pair(item, sampling_params) for item in items]
+                pairs, more, failure = _take(prompts, min(CHUNK, room - num_running), sampling_params)
                 prepared = engine.intake.prepare([p for p, _ in pairs], [p for _, p in pairs], num_taken)
                 for (prompt, _), request in zip(pairs, prepared, strict=True):
                     if isinstance(request, PreparedRequest):
@@ -130,24 +129,30 @@ def _received(owner: Owner) -> Iterator[Any]:
         yield outcome
 
 
-def _take(source: Iterator[Any], number: int) -> tuple[list[Any], bool, Exception | None]:
-    """Up to ``number`` items, whether there may be more, and what the iterator raised."""
-    items: list[Any] = []
+_Pair = tuple[Any, SamplingParams | None]
+
+
+def _take(
+    source: Iterator[Any], number: int, sampling_params: SamplingParams | None
+) -> tuple[list[_Pair], bool, Exception | None]:
+    """Up to ``number`` prompts with their parameters, whether there may be more, and what the iterator raised."""
+    pairs: list[_Pair] = []
     try:
-        while len(items) < number:
-            items.append(next(source))
+        while len(pairs) < number:
+            pairs.append(_as_pair(next(source), sampling_params))
     except StopIteration:
-        return items, False, None
+        return pairs, False, None
     except Exception as error:
-        return items, False, error
-    return items, True, None
+        return pairs, False, error
+    return pairs, True, None
 
 
-def _as_pair(item: Any, sampling_params: SamplingParams | None) -> tuple[Any, SamplingParams | None]:
-    """An item of :meth:`LLM.generate_iter` as a prompt and its parameters."""
+def _as_pair(item: Any, sampling_params: SamplingParams | None) -> _Pair:
+    """An item of :meth:`LLM.generate_iter` as a prompt and its parameters, which the iterator may go on to change."""
+    prompt, params = item, sampling_params
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (SamplingParams, type(None))):
-        return item[0], item[1] or sampling_params
-    return item, sampling_params
+        prompt, params = item[0], item[1] or sampling_params
+    return [*prompt] if isinstance(prompt, list) else prompt, params and params.clone()
 
 
 def _error_output(index: int, prompt: Any, error: Exception) -> RequestOutput:

@@ -98,10 +98,10 @@ class Detokenizer:
         """Take new tokens; return the stop string they complete, or None.
 
         Of several the one that ends earliest counts, and of those that end together the one that starts earliest.
-        Tokens after it are dropped, in this call and in later ones.
+        Tokens after it are dropped, in this call and in later ones, and so are those after the end of the text.
         """
         for token_id in token_ids:
-            if self.stop_reason is not None:
+            if self.stop_reason is not None or self._final is not None:
                 break
             self.token_ids.append(token_id)
             self._extend(self._decode_next(token_id))
@@ -118,6 +118,10 @@ class Detokenizer:
             if self.stop_reason is None:
                 self._final = self._decode(self.token_ids)
         return self.stop_reason
+
+    def give_up(self) -> None:
+        """End the text where it is certain now, and take no more tokens: for a tokenizer that has failed."""
+        self._final = self._stream.getvalue()
 
     def take_delta(self, finished: bool) -> str:
         """The text that has become certain since the last call; with ``finished`` (after ``finish``) all that is left.

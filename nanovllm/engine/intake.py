@@ -4,15 +4,20 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from nanovllm.engine.prompts import Prompt, parse_prompt
+from nanovllm.engine.prompts import Prompt, check_text, parse_prompt
 from nanovllm.engine.request import PreparedRequest
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.tokenizer import encode_words
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.layers.temperature import Pieces
+from nanovllm.sampling_params import SamplingParams, schedule_pieces
 from nanovllm.utils.model_config import ModelConfig
 from nanovllm.utils.text import counted
 
 logger = logging.getLogger(__name__)
+
+# Log-probabilities of one prompt or completion. As Python's objects so many take a few GB: all of the vocabulary of
+# 151,936 for 110 tokens, or 128 a token for 131,072.
+MAX_LOGPROBS = 2**24
 
 
 class Intake:
@@ -24,6 +29,7 @@ class Intake:
         default_params: Sampling parameters of requests without their own.
         max_model_len: Most tokens of a sequence.
         scheduler: Knows what the KV cache holds.
+        max_logprobs: Most log-probabilities asked for at a token; -1 for no limit.
     """
 
     def __init__(
@@ -33,12 +39,14 @@ class Intake:
         default_params: SamplingParams,
         max_model_len: int,
         scheduler: Scheduler,
+        max_logprobs: int = -1,
     ) -> None:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.default_params = default_params
         self.max_model_len = max_model_len
         self.scheduler = scheduler
+        self.max_logprobs = max_logprobs
         self._has_warned_of_max_tokens = False
         self._encoded_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}  # of the latest bad_words
 
@@ -76,7 +84,7 @@ class Intake:
                     )
                 chosen = given or self.default_params
                 if id(chosen) not in kept:
-                    kept[id(chosen)] = chosen.clone()
+                    kept[id(chosen)] = _as_it_is(chosen)
                 prepared.append((name, text, token_ids, kept[id(chosen)]))
                 if token_ids is None and text is not None:
                     texts.append(text)
@@ -148,7 +156,12 @@ class Intake:
                 f"{field} of {name} needs a tokenizer, and the engine was made with skip_tokenizer_init=True; use "
                 "stop_token_ids or logit_bias"
             )
+        if params.truncate_prompt_tokens is not None:
+            kept = params.truncate_prompt_tokens
+            token_ids = token_ids[-(self.max_model_len - 1 if kept == -1 else kept) :]
         limit = self._check_length(name, token_ids, params, self.max_model_len)
+        self._check_logprobs("prompt_logprobs", name, params.prompt_logprobs, len(token_ids) - 1)
+        self._check_logprobs("logprobs", name, params.logprobs, limit)
         bad_words = self._encode_words(tuple(params.bad_words)) if params.bad_words else ()
         first_logprob = None if params.prompt_logprobs is None else 1
         return PreparedRequest(text, token_ids, params, limit, bad_words, first_logprob)
@@ -156,8 +169,28 @@ class Intake:
     def _encode_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Token ids of ``bad_words``; most requests of a call have the same."""
         if words not in self._encoded_words:
-            self._encoded_words = {words: encode_words(self.tokenizer, words)}
+            for index, word in enumerate(words):
+                check_text(f"bad_words[{index}]", word)
+            spelt = encode_words(self.tokenizer, words)
+            # The tokenizer may know tokens that the model lacks: what is spelt with one cannot be generated anyway.
+            known = tuple(ids for ids in spelt if max(ids) < self.model_config.vocab_size)
+            self._encoded_words = {words: known}
         return self._encoded_words[words]
+
+    def _check_logprobs(self, field: str, name: str, number: int | None, num_tokens: int) -> None:
+        """Refuse a ``number`` of log-probabilities (-1: all) for each of so many tokens that is over a limit."""
+        if number is None:
+            return
+        vocab_size = self.model_config.vocab_size
+        each = vocab_size if number == -1 else min(number, vocab_size)
+        wanted = f"{field} of {name} is {number}" + (f" (all {vocab_size:,})" if number == -1 else "")
+        if -1 < self.max_logprobs < each:
+            raise ValueError(f"{wanted}; max_logprobs is {self.max_logprobs} (lower {field}, or raise max_logprobs)")
+        if each * num_tokens > MAX_LOGPROBS:
+            raise ValueError(
+                f"{wanted}, which for {num_tokens:,} tokens makes up to {each * num_tokens:,} log-probabilities; at "
+                f"most {MAX_LOGPROBS:,} are given of a prompt or completion (lower {field}, or the number of tokens)"
+            )
 
     def _check_length(self, name: str, token_ids: list[int], params: SamplingParams, longest: int) -> int:
         """Check a prompt's ids and room; returns the most tokens it may generate."""
@@ -202,6 +235,21 @@ class Intake:
                 "max_tokens or shorten the prompt)"
             )
         return limit
+
+
+def _as_it_is(params: SamplingParams) -> SamplingParams:
+    """A copy that nothing outside can change, whatever was changed in place checked again.
+
+    Raises:
+        TypeError: An entry of ``logit_bias`` or of a temperature schedule of the caller's own has the wrong type.
+        ValueError: One is outside its range.
+    """
+    kept = params.clone()
+    if kept.logit_bias is not None:
+        kept.logit_bias = kept.logit_bias  # an assignment checks
+    if not isinstance(kept.temperature, (int, float)):
+        kept.temperature = Pieces(tuple(schedule_pieces(kept.temperature)))
+    return kept
 
 
 def default_sampling_params(model_config: ModelConfig) -> SamplingParams:

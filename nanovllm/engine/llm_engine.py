@@ -28,7 +28,7 @@ from nanovllm.engine.turns import TURN_SECONDS, Turns
 from nanovllm.models.registry import get_model_class
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.model_config import load_model_config
+from nanovllm.utils.model_config import end_token_ids, load_model_config
 from nanovllm.utils.text import counted
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class LLMEngine:
         get_model_class(self.model_config.architecture)
         resolve_device(config.device)
         default_params = default_sampling_params(self.model_config)
+        self.eos_token_ids = end_token_ids(self.model_config)
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or config.model)
         runner_class = ModelRunner if config.tensor_parallel_size == 1 else ParallelRunner
         self.runner: Any = runner_class(config, self.model_config, self.max_model_len)
@@ -75,13 +76,16 @@ class LLMEngine:
         # A step that is replayed costs the host next to nothing, one with a prompt in it as much as launching it does.
         policy = AdmissionPolicy(max(1, self.runner.num_slots // 16)) if self.runner.graphs else AdmissionPolicy()
         self.scheduler = Scheduler(block_manager, self.runner.num_slots, self.runner.max_step_tokens, policy)
-        self.intake = Intake(self.model_config, self.tokenizer, default_params, self.max_model_len, self.scheduler)
+        self.intake = Intake(
+            self.model_config, self.tokenizer, default_params, self.max_model_len, self.scheduler, config.max_logprobs
+        )
         self.counters = Counters()
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # finished, of requests without an owner
         self._lost: list[LostRequest] = []  # of requests without an owner
         self._in_flight: deque[_Step] = deque()  # launched, what they give not yet taken in; oldest first
         self._launching = 0.0  # seconds spent in calls that launched a step and took in none, since the last that did
+        self._token_texts: dict[int, str] = {}  # of single tokens, for log-probabilities
         self._num_requests = 0
         self._num_sequences = 0
         self._aborting: list[str] = []  # to abort when the step that runs is over
@@ -174,7 +178,14 @@ class LLMEngine:
                 )
                 tokenizer = self.tokenizer if request.params.detokenize else None
                 self._requests[request_id] = Request(
-                    request_id, request.prompt, prompt_index, request.params, owner, tokenizer, sequences
+                    request_id,
+                    request.prompt,
+                    prompt_index,
+                    request.params,
+                    owner,
+                    tokenizer,
+                    sequences,
+                    self._token_texts,
                 )
                 for seq in sequences:
                     self.scheduler.add(seq)
@@ -192,10 +203,12 @@ class LLMEngine:
             Exception: The step failed or was interrupted, or another call did, whose failure drops all requests. The
                 engine is ready for new ones.
         """
-        lost, self._lost = self._lost, []
-        if lost:
-            names = ", ".join(request.request_id for request in lost)
-            raise RuntimeError(f"requests were dropped by another call that failed: {names}: {lost[0].cause!r}")
+        if self._lost:
+            with self.turns.wait(), self.turns.lock:  # whoever fails may be in the middle of adding to them
+                lost, self._lost = self._lost, []
+            if lost:  # no other thread's step has told them meanwhile
+                names = ", ".join(request.request_id for request in lost)
+                raise RuntimeError(f"requests were dropped by another call that failed: {names}: {lost[0].cause!r}")
         self.advance()
         with self.turns.lock:
             ready, self._ready = self._ready, []
@@ -381,7 +394,7 @@ class LLMEngine:
                     request.prompt_token_ids,
                     params,
                     max_output_tokens=request.max_output_tokens,
-                    eos_token_ids=() if params.ignore_eos else self.model_config.eos_token_ids,
+                    eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
                     noise_key=noise_key("request", seed, index)
                     if seed is not None
                     else noise_key("engine", self.config.seed, number),

@@ -69,7 +69,7 @@ class LogitRules:
         params, rules = entry.params, _SlotRules(entry.params, entry.num_prompt_tokens)
         rules.processors = [(processor, takes_prompt(processor)) for processor in params.logits_processors or ()]
         rules.biases = [(token, bias, _ALWAYS) for token, bias in (params.logit_bias or {}).items()]
-        end = entry.num_prompt_tokens + params.min_tokens
+        end = min(entry.num_prompt_tokens + params.min_tokens, _ALWAYS)
         rules.biases += [(token, float("-inf"), end) for token in entry.stop_token_ids]
         rules.biases += [(word[0], float("-inf"), _ALWAYS) for word in entry.bad_words if len(word) == 1]
         rules.bad_words = [word for word in entry.bad_words if len(word) > 1]
@@ -262,7 +262,7 @@ def takes_prompt(processor: Callable[..., Any]) -> bool:
     """Whether a logits processor needs three arguments, the prompt's tokens first; one content with two gets two."""
     try:
         signature = inspect.signature(processor)
-    except ValueError:  # a builtin without a signature
+    except Exception:  # a builtin without a signature; a callable whose own is none
         return False
     return not _accepts(signature, 2) and _accepts(signature, 3)
 

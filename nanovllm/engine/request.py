@@ -2,14 +2,14 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.engine.detokenizer import Detokenizer, decode
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import TokenLogprobs
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, StreamOutput
+from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Request:
         owner: Who waits for it; None for one that was added by hand.
         tokenizer: Makes text of tokens; None if no text is wanted.
         sequences: One a completion, in order.
+        token_texts: What single tokens decode to, as far as any request has asked; shared by all.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class Request:
     owner: Owner | None
     tokenizer: Any
     sequences: list[Sequence]
+    token_texts: dict[int, str] = field(default_factory=dict)
     num_unfinished: int = 0  # sequences whose end was not told yet
     is_followed: bool = False  # whether tokens are looked at as they come, and not only when they are all there
     _detokenizers: dict[int, Detokenizer] = field(default_factory=dict)  # by completion, for those that need one
@@ -117,8 +119,7 @@ class Request:
             stop = None if self._hides_last_token(seq) else detokenizer.append([seq.token_ids[-1]])
             return detokenizer.finish() if stop is None and seq.finished else stop
         except Exception:  # whatever the tokenizer raises must not cost other requests their results
-            self._warn()
-            self._detokenizers[seq.index] = Detokenizer(_Mute())
+            self._give_up(detokenizer)
             return None
 
     def stream_output(self, seq: Sequence) -> StreamOutput | None:
@@ -151,10 +152,25 @@ class Request:
             outputs=[self._completion(seq) for seq in self.sequences],
             finished=True,
             num_cached_tokens=first.num_cached_tokens,
-            metrics=first.metrics,
+            metrics=self._metrics(),
             prompt_logprobs=prompt_logprobs,
             prompt_index=self.prompt_index,
             error=next((seq.error for seq in self.sequences if seq.error is not None), None),
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        """Times of the whole request: from the first that happened to any of its completions to the last one's end."""
+        each = [seq.metrics for seq in self.sequences]
+
+        def earliest(times: Iterable[float | None]) -> float | None:
+            return min((time for time in times if time is not None), default=None)
+
+        return RequestMetrics(
+            arrival_time=each[0].arrival_time,
+            first_scheduled_time=earliest(times.first_scheduled_time for times in each),
+            first_token_time=earliest(times.first_token_time for times in each),
+            finished_time=max((times.finished_time for times in each if times.finished_time is not None), default=None),
+            num_preemptions=sum(times.num_preemptions for times in each),
         )
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
@@ -188,7 +204,7 @@ class Request:
         try:
             detokenizer.finish()
         except Exception:
-            self._warn()
+            self._give_up(detokenizer)
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         try:
@@ -209,15 +225,23 @@ class Request:
             found.setdefault(token, Logprob(logprob, rank))
         if self.tokenizer is not None:
             for token, entry in found.items():
-                entry.decoded_token = self._decode([token], False)
+                entry.decoded_token = self._token_text(token)
         return found
+
+    def _token_text(self, token: int) -> str:
+        """What a token decodes to by itself. Every position asks for the same few, and a decode takes 2 us or more."""
+        text = self.token_texts.get(token)
+        if text is None:
+            text = self._decode([token], False)
+            if text:  # or the tokenizer may have failed, this once
+                self.token_texts[token] = text
+        return text
+
+    def _give_up(self, detokenizer: Detokenizer) -> None:
+        """Decode no more of a completion; what its text is so far may have been given out, and stays."""
+        self._warn()
+        detokenizer.give_up()
 
     def _warn(self) -> None:
         message = "request %s: its tokens cannot be decoded; its text stays incomplete"
         logger.warning(message, self.request_id, exc_info=True)
-
-
-class _Mute:
-    """Stands in for a tokenizer that failed."""
-
-    decode: Callable[..., str] = staticmethod(lambda *args, **kwargs: "")

@@ -124,6 +124,21 @@ class Points(TemperatureSchedule):
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces(TemperatureSchedule):
+    """What another schedule was at some moment.
+
+    Args:
+        given: Its pieces, at least one.
+    """
+
+    given: tuple[Piece, ...]
+
+    def pieces(self) -> list[Piece]:
+        most = MAX_TEMPERATURE
+        return [(first, min(low, most), last, min(high, most), cosine) for first, low, last, high, cosine in self.given]
+
+
 def evaluate(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The temperatures of a batch.
 

@@ -87,7 +87,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope: RopeConfig
     dtype: str | None  # as the file spells it; None if it does not say
-    eos_token_ids: tuple[int, ...]  # the main one first
+    eos_token_ids: tuple[int, ...]  # the main one first; as the files name them, inside the vocabulary or not
     generation_config: dict[str, Any]
     values: dict[str, Any]  # config.json with the overrides applied
 
@@ -171,8 +171,27 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
         generation_config=generation,
         values=values,
     )
+    unknown = [token for token in _token_ids(overrides.get("eos_token_id")) if token >= config.vocab_size]
+    if unknown:
+        raise ValueError(
+            f"hf_overrides names eos_token_id {unknown[0]}; the vocabulary has ids 0 to {config.vocab_size - 1}"
+        )
     _check_supported(config, boolean("use_sliding_window"))
     return config
+
+
+def end_token_ids(config: ModelConfig) -> tuple[int, ...]:
+    """The end-of-sequence ids that the model can generate; warns of others, which a stale file may name."""
+    known = tuple(token for token in config.eos_token_ids if token < config.vocab_size)
+    if known != config.eos_token_ids:
+        logger.warning(
+            "eos_token_id of %s names %s, but the vocabulary has ids 0 to %d: no text ends there (correct "
+            "generation_config.json or config.json, or pass hf_overrides={'eos_token_id': ...})",
+            config.path,
+            ", ".join(str(token) for token in config.eos_token_ids if token not in known),
+            config.vocab_size - 1,
+        )
+    return known
 
 
 def _check_supported(config: ModelConfig, use_sliding_window: bool) -> None:
