@@ -12,7 +12,12 @@ import triton.language as tl
 
 from nanovllm.kernels import LOG2_E
 from nanovllm.kernels.decode_work import DecodeWork, load_item, multiprocessors
-from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from nanovllm.kernels.dependent_launch import (
+    SINCE_TRITON_3_5,
+    launch_options,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 from nanovllm.kernels.paged_decode import paged_decode_reference
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 
@@ -20,6 +25,8 @@ from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 TILE = 64
 # Registers of a thread that hold them.
 REGISTERS = 64
+# Lines of a tile at least: no earlier Triton multiplies fewer than 16.
+LEAST_LINES = 8 if SINCE_TRITON_3_5 else 16
 # Heads of a group that the lines of a tile are enough for.
 MOST_GROUP = 8
 # Programs launched for a multiprocessor at most, as many as run at a time; each goes on that many items.
@@ -355,7 +362,7 @@ def _launch_sizes(group: int, head_dim: int, itemsize: int) -> tuple[dict[str, i
     padded_group, padded_dim = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 4), 16)
     sizes = {
-        "LINES": max(triton.next_power_of_2(group + 1), 8),
+        "LINES": max(triton.next_power_of_2(group + 1), LEAST_LINES),
         "PADDED_GROUP": padded_group,
         "PADDED_DIM": max(padded_dim, 16),
         "TILE": TILE,
