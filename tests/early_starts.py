@@ -17,7 +17,7 @@ import numpy as np
 import triton.runtime.interpreter as interpreter
 
 from nanovllm.kernels import dependent_launch
-from tools.compile_kernels import kernel_modules
+from tools.compile_kernels import CALLS
 
 GRAIN = 2  # bytes: memory is noted in such pieces
 
@@ -122,7 +122,7 @@ def recorded(*modules: ModuleType) -> Iterator[Recorder]:
         patch.object(dependent_launch, "gdc_launch_dependents", recorder.let_next_start),
         patch.object(dependent_launch, "gdc_wait", recorder.wait),
     ]
-    for module in (*(import_module(f"nanovllm.kernels.{name}") for name in kernel_modules()), *modules):
+    for module in (*(import_module(f"nanovllm.kernels.{name}") for name in CALLS), *modules):
         if hasattr(module, "launch_options"):
             patches.append(patch.object(module, "launch_options", _options))
         if hasattr(module, "bring_into_cache"):  # asks for memory and waits for none; not for the interpreter

@@ -159,6 +159,13 @@ def test_the_tool_that_compiles_them_says_in_a_line_why_it_cannot(
     assert line.endswith(f": error: {message}")
 
 
+def test_the_tool_that_compiles_them_names_its_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compile_kernels.main(["rmsnorm"])
+    assert ended.value.code == 2
+    assert "no calls of 'rmsnorm'; there are some of decode_few_rows, " in capsys.readouterr().err
+
+
 def test_the_probe_launches() -> None:
     pytest.importorskip("triton")
     done = subprocess.run(

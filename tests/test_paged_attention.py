@@ -221,6 +221,11 @@ class TestDecodeOfFewRows:
     def test_more_parts_than_are_combined_at_a_time(self) -> None:
         self.check(Shape(1, 2, 64, 32, torch.float32), [1500, 64], seed=2)
 
+    def test_a_tile_of_more_lines_than_heads_and_a_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As Triton before 3.5 needs it."""
+        monkeypatch.setattr(decode_few_rows, "LEAST_LINES", 16)
+        self.check(Shape(2, 2, 64, 32, torch.float32), [70, 0, 200], seed=3)
+
     @staticmethod
     def check(shape: Shape, contexts: list[int], seed: int, apart: bool = False) -> None:
         cache, also = Cache(shape, contexts, seed), Cache(shape, contexts, seed)

@@ -2,9 +2,10 @@
 
     python tools/compile_kernels.py [module ...] [--arch 80 90 100] [--json]
 
-Modules are names in nanovllm/kernels; by default all that have a function ``compile_cases``. Registers are those of a
-thread; local memory is what a thread spills to it, in bytes; shared memory is that of a program, in bytes. This needs
-Triton 3.3 on Linux; the kernels themselves need 3.2.
+The kernels' own functions are called, with arguments as models have them; whatever they would launch, Triton compiles
+as it would on a GPU of the architecture. Modules are names in nanovllm/kernels, by default all in ``CALLS``. Registers
+are those of a thread; local memory is what a thread spills to it, in bytes; shared memory is that of a program, in
+bytes. This needs Triton 3.3 on Linux; the kernels themselves need 3.2.
 """
 
 import argparse
@@ -15,16 +16,23 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ROWS, MAX_LEN, VOCABULARY = 256, 4096, 151_936
 
 
 class Compiled(NamedTuple):
@@ -52,49 +60,61 @@ def why_not() -> str | None:
     return None
 
 
-def kernel_modules() -> list[str]:
-    """Names of the modules in nanovllm/kernels that say what to compile."""
-    paths = sorted((ROOT / "nanovllm" / "kernels").glob("*.py"))
-    return [path.stem for path in paths if "def compile_cases(" in path.read_text()]
-
-
 def compile_module(name: str, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Compiled]:
-    """Compile every case of a module; triton must not have been imported with TRITON_INTERPRET set."""
-    cases = import_module(f"nanovllm.kernels.{name}").compile_cases()
+    """Compile what every call of a module launches; for a process that neither interprets nor launches kernels."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    module = import_module(f"nanovllm.kernels.{name}")
     compiled = []
-    for case in cases:
-        for arch in architectures:
-            try:
-                compiled.append(_compile_case(name, case, arch))
-            except Exception as error:
-                raise RuntimeError(f"{name}, {case['label']!r}, sm_{arch}: {error}") from error
+    run = JITFunction.run
+
+    def compile_instead(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if kernel.fn.__module__ != module.__name__:  # a preparation
+            return
+        result = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        registers, local = _resources(result.asm["cubin"])
+        compiled.append(Compiled(name, kernel.__name__, label, arch, registers, local, result.metadata.shared))
+
+    with patch.object(JITFunction, "run", compile_instead):
+        for label, function, arguments in CALLS[name]():
+            for arch in architectures:
+                driver.set_active(_Driver(arch))
+                try:
+                    with _launch_options(module, arch):
+                        function(*arguments)
+                except Exception as error:
+                    raise RuntimeError(f"{name}, {label!r}, sm_{arch}: {error}") from error
     return compiled
 
 
-def _compile_case(module: str, case: dict[str, Any], arch: int) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class _Driver:
+    """What Triton asks of a GPU's driver to compile for it; the architecture is the number of the device as well."""
 
-    kernel = case["kernel"]
-    missing = set(kernel.arg_names) ^ set(case["signature"])
-    if missing:
-        raise ValueError(f"arguments and signature differ by {sorted(missing)}")
-    signature = {name: case["signature"][name] for name in kernel.arg_names}
-    # As at a launch: torch's tensors are aligned, and so are nearly all strides, save that of a packed dimension.
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind in ("i32", "i64") and "stride" in name)
-    }
-    constexprs = dict(case["constexprs"])
-    if "OVERLAPS" in constexprs:  # as kernels.dependent_launch has it
-        constexprs["OVERLAPS"] = arch >= 90
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
-    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, local = _resources(result.asm["cubin"])
-    return Compiled(module, kernel.__name__, case["label"], arch, registers, local, result.metadata.shared)
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def _launch_options(module: ModuleType, arch: int) -> Any:
+    """Kernels of the module are launched to overlap where they are on the architecture."""
+    from nanovllm.kernels.dependent_launch import launch_options
+
+    with patch("torch.cuda.get_device_capability", lambda device: divmod(arch, 10)):
+        options = launch_options.__wrapped__(torch.device("cuda"))
+    if not hasattr(module, "launch_options"):
+        return nullcontext()
+    return patch.object(module, "launch_options", lambda device: options)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -116,26 +136,225 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def format_table(compiled: list[Compiled]) -> str:
     """A line a kernel and architecture."""
-    lines = [f"{'module':22}{'case':44}{'arch':>6}{'registers':>11}{'local':>7}{'shared':>8}"]
+    lines = [f"{'kernel':28}{'case':44}{'arch':>6}{'registers':>11}{'local':>7}{'shared':>8}"]
     for one in compiled:
-        lines.append(f"{one.module:22}{one.label:44}{one.arch:>6}{one.registers:>11}{one.local:>7}{one.shared:>8}")
+        lines.append(f"{one.kernel:28}{one.label:44}{one.arch:>6}{one.registers:>11}{one.local:>7}{one.shared:>8}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- what is called
+
+# What tells a call from others of its module, the function, and its arguments: their values are never read.
+Calls = Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]
+
+_ints = partial(torch.empty, dtype=torch.int32)
+_longs = partial(torch.empty, dtype=torch.int64)
+_floats = partial(torch.empty, dtype=torch.float32)
+
+
+def _cache(of: Callable[..., torch.Tensor], kv_heads: int, block_size: int, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """Keys and values of a layer."""
+    return of(2, 8, kv_heads, block_size, head_dim).unbind()
+
+
+def _kinds(*cases: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Cases that begin with the name of a dtype, with what makes tensors of it put behind that."""
+    for name, *sizes in cases:
+        yield name, partial(torch.empty, dtype=DTYPES[name]), *sizes
+
+
+def _decode_few_rows() -> Calls:
+    from nanovllm.kernels.decode_few_rows import TILE, decode_few_rows
+    from nanovllm.kernels.decode_work import plan_decode
+
+    rows = 4
+    for name, of, kv_heads, group, head_dim in _kinds(
+        ("bf16", 8, 2, 128), ("bf16", 8, 4, 128), ("bf16", 8, 8, 80), ("fp32", 8, 2, 128)
+    ):
+        sizes = kv_heads * group, kv_heads
+        rotation = _floats(MAX_LEN, head_dim // 2), _floats(MAX_LEN, head_dim // 2), _longs(rows)
+        cached = *_cache(of, kv_heads, 32, head_dim), _longs(rows), _ints(ROWS, MAX_LEN // 32)
+        work = plan_decode(_ints(rows), _ints(rows), None, MAX_LEN, *sizes, head_dim, TILE)
+        qkv = of(rows, kv_heads * (group + 2) * head_dim)
+        arguments = qkv, of(head_dim), of(head_dim), 1e-6, *rotation, *cached, work, head_dim**-0.5, *sizes
+        yield f"{name} {kv_heads}x{group}x{head_dim}", decode_few_rows, arguments
+
+
+def _decode_inputs() -> Calls:
+    from nanovllm.kernels.decode_inputs import decode_inputs
+
+    tables = _ints(ROWS), _ints(ROWS), _ints(ROWS, MAX_LEN + 1), _ints(ROWS, MAX_LEN // 16), 16, _ints(ROWS, 6)
+    written = _longs(ROWS), _longs(ROWS), _longs(ROWS), _ints(ROWS), _ints(ROWS, 6)
+    yield "block size 16", decode_inputs, (*tables, *written)
+
+
+def _decode_outputs() -> Calls:
+    from nanovllm.kernels.decode_outputs import decode_outputs
+
+    arguments = _ints(ROWS), _longs(ROWS), _ints(ROWS), _ints(ROWS, MAX_LEN + 1), _ints(ROWS)
+    yield "int32 tables", decode_outputs, arguments
+
+
+def _decode_work() -> Calls:
+    from nanovllm.kernels.decode_work import plan_decode
+
+    yield "plan", plan_decode, (_ints(ROWS), _ints(ROWS), _ints(ROWS), MAX_LEN, 16, 8, 128)
+
+
+def _fused_linear() -> Calls:
+    from nanovllm.kernels.fused_linear import fused_linear
+
+    for name, of, rows, inputs, outputs, flags in _kinds(
+        ("bf16", 1, 1024, 4096, "norm"),
+        ("bf16", 1, 2048, 1024, "residual upcoming"),
+        ("bf16", 4, 1024, 3072, "norm gated upcoming"),
+        ("bf16", 1, 3072, 1024, "residual bias"),
+        ("bf16", 4, 25600, 5120, "residual"),
+        ("fp32", 2, 1024, 3072, "norm gated"),
+        ("fp32", 4, 12288, 4096, "residual"),
+    ):
+        gated = "gated" in flags
+        bias, norm = of(outputs) if "bias" in flags else None, of(inputs) if "norm" in flags else None
+        residual = of(rows, outputs) if "residual" in flags else None
+        upcoming = of(1 << 22) if "upcoming" in flags else None
+        weight = of(2 * outputs if gated else outputs, inputs)
+        arguments = of(rows, inputs), weight, bias, norm, 1e-6, residual, gated, None, upcoming
+        yield f"{name} {rows}x{inputs}x{outputs} {flags}", fused_linear, arguments
+
+
+def _nucleus() -> Calls:
+    from nanovllm.kernels.nucleus import nucleus
+
+    for name, of in _kinds(("bf16",), ("fp32",)):
+        for min_p in (None, _floats(ROWS)):
+            measures = _floats(ROWS, 1187), _floats(ROWS), _floats(ROWS), min_p, _floats(ROWS)
+            pending = torch.empty(ROWS, dtype=torch.bool)
+            arguments = *measures, _ints(ROWS, 2), _longs(ROWS), pending, _longs(ROWS), VOCABULARY
+            yield f"{name}{'' if min_p is None else ', min_p'}", nucleus, (of(ROWS, VOCABULARY), *arguments)
+
+
+def _paged_decode() -> Calls:
+    from nanovllm.kernels.decode_work import plan_decode
+    from nanovllm.kernels.paged_decode import paged_decode
+
+    for name, of, kv_heads, group, head_dim, block_size in _kinds(
+        ("bf16", 8, 2, 128, 16),
+        ("bf16", 8, 2, 128, 32),
+        ("bf16", 8, 8, 80, 256),
+        ("bf16", 1, 71, 64, 32),
+        ("bf16", 4, 1, 256, 32),
+        ("fp32", 8, 2, 128, 32),
+        ("fp32", 8, 4, 256, 32),
+    ):
+        heads = kv_heads * group
+        q = of(ROWS, heads + 2 * kv_heads, head_dim)[:, :heads]
+        work = plan_decode(_ints(ROWS), _ints(ROWS), None, MAX_LEN, heads, kv_heads, head_dim)
+        cached = *_cache(of, kv_heads, block_size, head_dim), _ints(ROWS, MAX_LEN // block_size)
+        label = f"{name} {kv_heads}x{group}x{head_dim}, blocks of {block_size}"
+        yield label, paged_decode, (q, *cached, work, head_dim**-0.5, of(ROWS, heads, head_dim))
+
+
+def _paged_prefill() -> Calls:
+    from nanovllm.kernels import paged_prefill
+
+    for name, of, kv_heads, group, head_dim, block_size, large in _kinds(
+        ("bf16", 8, 2, 128, 16, True),
+        ("bf16", 8, 2, 128, 16, False),
+        ("bf16", 4, 5, 80, 32, False),
+        ("bf16", 8, 4, 64, 256, True),
+        ("bf16", 4, 1, 256, 32, True),
+        ("fp32", 8, 2, 128, 32, True),
+        ("fp32", 8, 4, 256, 32, True),
+    ):
+        heads = kv_heads * group
+        q = of(MAX_LEN, heads + 2 * kv_heads, head_dim)[:, :heads]
+        cached = *_cache(of, kv_heads, block_size, head_dim), _ints(ROWS, MAX_LEN // block_size)
+        arguments = q, *cached, _ints(ROWS), _ints(4, 99), head_dim**-0.5, of(MAX_LEN, heads, head_dim)
+        label = f"{name} {kv_heads}x{group}x{head_dim}, {'large' if large else 'small'} shared memory"
+        with patch.object(paged_prefill, "_has_large_shared_memory", lambda device, large=large: large):
+            yield label, paged_prefill.paged_prefill, arguments
+
+
+def _qk_norm_rope_store() -> Calls:
+    from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+
+    for name, of, heads, kv_heads, head_dim in _kinds(
+        ("bf16", 16, 8, 128), ("bf16", 64, 8, 80), ("fp32", 16, 8, 128), ("fp32", 16, 16, 256)
+    ):
+        rotation = _floats(MAX_LEN, head_dim // 2), _floats(MAX_LEN, head_dim // 2), _longs(ROWS)
+        cached = *_cache(of, kv_heads, 16, head_dim), _longs(ROWS)
+        qkv = of(ROWS, (heads + 2 * kv_heads) * head_dim)
+        arguments = qkv, of(head_dim), of(head_dim), 1e-6, *rotation, *cached, heads, kv_heads
+        yield f"{name} {heads}/{kv_heads} heads of {head_dim}", qk_norm_rope_store, arguments
+
+
+def _rms_norm() -> Calls:
+    from nanovllm.kernels.rms_norm import rms_norm
+
+    for name, of, size, residual in _kinds(
+        ("bf16", 1024, True), ("bf16", 5120, False), ("fp32", 1024, True), ("fp32", 16384, True)
+    ):
+        arguments = of(ROWS, size), of(size), 1e-6, of(ROWS, size) if residual else None
+        yield f"{name} size {size}{' residual' if residual else ''}", rms_norm, arguments
+
+
+def _sample() -> Calls:
+    from nanovllm.kernels.sample import sample
+
+    for name, of in _kinds(("bf16",), ("fp32",)):
+        arguments = of(ROWS, VOCABULARY), _floats(ROWS), _ints(ROWS, 2), _longs(ROWS), VOCABULARY
+        yield name, sample, arguments
+
+
+def _silu_and_mul() -> Calls:
+    from nanovllm.kernels.silu_and_mul import silu_and_mul
+
+    for name, of in _kinds(("bf16",), ("fp32",)):
+        yield f"{name} n 3072", silu_and_mul, (of(ROWS, 2 * 3072),)
+
+
+def _store_kv() -> Calls:
+    from nanovllm.kernels.store_kv import store_kv
+
+    for name, of in _kinds(("bf16",), ("fp32",)):
+        _, k, v = of(ROWS, 32, 128).split((16, 8, 8), dim=1)
+        yield name, store_kv, (k, v, *_cache(of, 8, 32, 128), _longs(ROWS))
+
+
+CALLS: dict[str, Callable[[], Calls]] = {
+    "decode_few_rows": _decode_few_rows,
+    "decode_inputs": _decode_inputs,
+    "decode_outputs": _decode_outputs,
+    "decode_work": _decode_work,
+    "fused_linear": _fused_linear,
+    "nucleus": _nucleus,
+    "paged_decode": _paged_decode,
+    "paged_prefill": _paged_prefill,
+    "qk_norm_rope_store": _qk_norm_rope_store,
+    "rms_norm": _rms_norm,
+    "sample": _sample,
+    "silu_and_mul": _silu_and_mul,
+    "store_kv": _store_kv,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Raises RuntimeError if a kernel does not compile, SystemExit (2) if none can be compiled here."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("modules", nargs="*", metavar="module", help="of nanovllm/kernels (default: all)")
+    parser.add_argument("modules", nargs="*", metavar="module", help=f"of {', '.join(CALLS)} (default: all)")
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), help="compute capabilities x 10")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.modules if name not in CALLS]
+    if unknown:
+        parser.error(f"no calls of {unknown[0]!r}; there are some of {', '.join(CALLS)}")
     reason = why_not()
     if reason is not None:
         parser.exit(2, f"{parser.prog}: error: {reason}\n")
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined, and then there is nothing to compile
     sys.path.insert(0, str(ROOT))
     compiled = []
-    for name in arguments.modules or kernel_modules():
+    for name in arguments.modules or CALLS:
         compiled += compile_module(name, tuple(arguments.arch))
     print(json.dumps([one._asdict() for one in compiled]) if arguments.json else format_table(compiled))
 

@@ -1,14 +1,17 @@
 """Rank 0's runner in an engine of several ranks: what it runs, the others run as well."""
 
+import pickle
+from dataclasses import replace
 from typing import Any
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.batch_state import is_special
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.plan_codec import PlanEncoder
 from nanovllm.engine.rank_group import on_rank
 from nanovllm.engine.step_handle import StepHandle
-from nanovllm.engine.step_plan import StepPlan, StepResult
+from nanovllm.engine.step_plan import SlotEntry, StepPlan, StepResult
 from nanovllm.engine.workers import Workers
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.model_config import ModelConfig
 
 
@@ -32,7 +35,6 @@ class ParallelRunner:
         except BaseException:
             self.workers.shut_down()
             raise
-        self._encoder = PlanEncoder()
 
     def is_step_thread(self) -> bool:
         """Whether the caller is in the thread that steps run in, and what users have called within them."""
@@ -45,7 +47,7 @@ class ParallelRunner:
         return handle if self.runner.device.type == "cpu" else WatchedHandle(self.workers, handle)
 
     def _execute(self, plan: StepPlan) -> StepHandle:
-        self.workers.send(self._encoder.encode(plan))
+        self.workers.send(message_of(plan))
         return self.runner.execute(plan)
 
     def close(self) -> None:
@@ -70,6 +72,20 @@ class WatchedHandle:
     def result(self) -> StepResult:
         """As the handle's."""
         return self.workers.run(self.handle.result)
+
+
+def message_of(plan: StepPlan) -> bytes:
+    """``plan`` for the other ranks, which unpickle it: entries lack what only rank 0 needs."""
+    return pickle.dumps(replace(plan, entered=[_without_what_rank_0_decides(one) for one in plan.entered]), protocol=5)
+
+
+def _without_what_rank_0_decides(entry: SlotEntry) -> SlotEntry:
+    """``entry`` as the other ranks need it: a request's callables cannot travel, and are nobody else's to call."""
+    params, special = entry.params, is_special(entry)
+    plain = SamplingParams(temperature=params.temperature if not special else 1.0, detokenize=False)
+    if entry.first_logprob is not None:
+        plain.prompt_logprobs = params.prompt_logprobs
+    return replace(entry, params=plain, stop_token_ids=(), bad_words=(), special=special)
 
 
 def check_shares(config: EngineConfig, model_config: ModelConfig) -> None:

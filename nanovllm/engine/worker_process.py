@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.plan_codec import PlanDecoder
 from nanovllm.engine.rank_group import RankGroup, on_rank
 from nanovllm.engine.workers import library_versions
 from nanovllm.layers.parallel import ParallelGroup
@@ -62,13 +61,12 @@ def _serve(connection: Connection, directory: Path, memory: int, rank: int) -> N
     model_config = load_model_config(config.model, config.hf_overrides)
     runner = ModelRunner(on_rank(config, rank), model_config, max_model_len, parallel, agree)
     _say(connection, "ready", rank)
-    decoder = PlanDecoder()
     while True:
         try:
             message = connection.recv_bytes()
         except (EOFError, OSError):  # it is over
             return
-        runner.execute(decoder.decode(message))
+        runner.execute(pickle.loads(message))
 
 
 def _say(connection: Connection, kind: str, value: Any) -> None:

@@ -6,15 +6,18 @@ them before the kernel that computes its queries has ended, and once that has, o
 What becomes of the pieces is as in ``paged_decode``.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from nanovllm.kernels import LOG2_E
 from nanovllm.kernels.decode_work import DecodeWork, load_item, multiprocessors
-from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from nanovllm.kernels.dependent_launch import (
+    SINCE_TRITON_3_5,
+    launch_options,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 from nanovllm.kernels.paged_decode import paged_decode_reference
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 
@@ -22,6 +25,8 @@ from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 TILE = 64
 # Registers of a thread that hold them.
 REGISTERS = 64
+# Lines of a tile at least: no earlier Triton multiplies fewer than 16.
+LEAST_LINES = 8 if SINCE_TRITON_3_5 else 16
 # Heads of a group that the lines of a tile are enough for.
 MOST_GROUP = 8
 # Programs launched for a multiprocessor at most, as many as run at a time; each goes on that many items.
@@ -357,52 +362,10 @@ def _launch_sizes(group: int, head_dim: int, itemsize: int) -> tuple[dict[str, i
     padded_group, padded_dim = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 4), 16)
     sizes = {
-        "LINES": max(triton.next_power_of_2(group + 1), 8),
+        "LINES": max(triton.next_power_of_2(group + 1), LEAST_LINES),
         "PADDED_GROUP": padded_group,
         "PADDED_DIM": max(padded_dim, 16),
         "TILE": TILE,
         "REDUCE_TILE": min(max(num_warps * 32 * REGISTERS // (padded_group * padded_dim), 4), 16),
     }
     return sizes, num_warps
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    cases = []
-    for dtype, kv_heads, group, head_dim in (
-        ("bf16", 8, 2, 128),
-        ("bf16", 8, 4, 128),
-        ("bf16", 8, 8, 80),
-        ("fp32", 8, 2, 128),
-    ):
-        sizes, num_warps = _launch_sizes(group, head_dim, 4 if dtype == "fp32" else 2)
-        constexprs = {
-            "BLOCK_STRIDE": kv_heads * 32 * head_dim,
-            "HEAD_STRIDE": 32 * head_dim,
-            "TOKEN_STRIDE": head_dim,
-            "BLOCK_SIZE": 32,
-            "KV_HEADS": kv_heads,
-            "GROUP": group,
-            "HEAD_DIM": head_dim,
-            **sizes,
-            "OVERLAPS": False,
-        }
-        cases.append(
-            {
-                "kernel": _decode_few_rows_kernel,
-                "signature": {
-                    **dict.fromkeys(("qkv", "q_weight", "k_weight", "keys", "values", "out"), f"*{dtype}"),
-                    **dict.fromkeys(("cos", "sin", "partial_out", "partial_lse"), "*fp32"),
-                    **dict.fromkeys(("positions", "slot_mapping"), "*i64"),
-                    **dict.fromkeys(("block_tables", "items", "first_items", "arrivals"), "*i32"),
-                    **dict.fromkeys(("qkv_stride", "rows", "capacity", "table_stride"), "i32"),
-                    **dict.fromkeys(("eps", "scale_log2"), "fp32"),
-                    **dict.fromkeys(constexprs, "constexpr"),
-                },
-                "constexprs": constexprs,
-                "num_warps": num_warps,
-                "num_stages": 1,
-                "label": f"{dtype} {kv_heads}x{group}x{head_dim}",
-            }
-        )
-    return cases

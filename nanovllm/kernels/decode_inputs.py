@@ -1,7 +1,5 @@
 """The inputs of a decode step, from tables that stay on the device: the host need not know the tokens yet."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -131,24 +129,3 @@ def decode_inputs_reference(
     slot_mapping.copy_(target.masked_fill(~is_row | (found != position), -1))
     context_lengths.copy_((position + 1).masked_fill(~is_row, 0))
     row_params.copy_(params[lines].masked_fill(~is_row[:, None], 0))
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    return [
-        {
-            "kernel": _decode_inputs_kernel,
-            "signature": {
-                **dict.fromkeys(("slots", "num_computed", "token_ids", "block_tables", "context_lengths"), "*i32"),
-                **dict.fromkeys(("param_table", "row_params"), "*i32"),
-                **dict.fromkeys(("input_ids", "positions", "slot_mapping"), "*i64"),
-                **dict.fromkeys(("token_ids_stride", "max_len", "block_tables_stride", "max_blocks", "rows"), "i32"),
-                "BLOCK_SIZE": "constexpr",
-                **dict.fromkeys(("PARAMS", "BLOCK"), "constexpr"),
-            },
-            "constexprs": {"BLOCK_SIZE": 16, "PARAMS": 6, "BLOCK": _BLOCK},
-            "num_warps": _BLOCK // 32,
-            "num_stages": 1,
-            "label": "block size 16",
-        }
-    ]

@@ -1,7 +1,5 @@
 """The tokens of a decode step, back into the tables on the device that the next step is prepared from."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -91,23 +89,3 @@ def decode_outputs_reference(
     written = tokens.clamp(min=0).int() - token_ids[lines, place]
     token_ids.index_put_((lines, place), written.where(fits, 0), accumulate=True)
     num_computed.index_put_((lines,), fits.int(), accumulate=True)
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    return [
-        {
-            "kernel": _decode_outputs_kernel,
-            "signature": {
-                **dict.fromkeys(("slots", "num_computed", "token_ids", "sampled"), "*i32"),
-                "tokens": "*i64",
-                **dict.fromkeys(("token_ids_stride", "token_ids_columns", "rows"), "i32"),
-                "BLOCK": "constexpr",
-                "OVERLAPS": "constexpr",
-            },
-            "constexprs": {"BLOCK": _BLOCK, "OVERLAPS": False},
-            "num_warps": _BLOCK // 32,
-            "num_stages": 1,
-            "label": "int32 tables",
-        }
-    ]

@@ -10,7 +10,6 @@ capture it.
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -212,32 +211,3 @@ def plan_decode(
             num_warps=4 if few else 8,
         )
     return work
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variant worth compiling ahead of time; see tools/compile_kernels.py."""
-    constexprs = {
-        "TILE": TILE,
-        "MIN_CHUNK": MIN_CHUNK,
-        "CHUNK": CHUNK,
-        "HAS_TOKENS": True,
-        "KV_HEADS": 8,
-        "ROWS": 1024,
-        "WIDTH": 2,
-    }
-    tensors = ("context_lengths", "slots", "tokens", "items", "first_items", "arrivals")
-    numbers = ("rows", "capacity", "wave_items", "most_items")
-    return [
-        {
-            "kernel": _plan_kernel,
-            "signature": {
-                **dict.fromkeys(tensors, "*i32"),
-                **dict.fromkeys(numbers, "i32"),
-                **dict.fromkeys(constexprs, "constexpr"),
-            },
-            "constexprs": constexprs,
-            "num_warps": 8,
-            "num_stages": 3,
-            "label": "plan",
-        }
-    ]

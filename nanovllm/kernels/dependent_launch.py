@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+# Triton 3.4 has it as well, but cannot compile it.
+SINCE_TRITON_3_5 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 
-    _IS_KNOWN = True
-except ImportError:  # Triton before 3.4
-    _IS_KNOWN = False
+if SINCE_TRITON_3_5:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+else:
 
     @triton.jit
     def gdc_launch_dependents():  # type: ignore[no-untyped-def]
@@ -63,6 +63,6 @@ def bring_into_cache(first, length, share, shares, SHARE_LINES: tl.constexpr):
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """What a kernel with the constant ``OVERLAPS`` is launched with: to overlap where the device can."""
-    if _IS_KNOWN and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if SINCE_TRITON_3_5 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}

@@ -4,8 +4,6 @@ With few rows a step is a matter of reading the weights. Every program asks for 
 at once, and only then waits for the kernel before it to end: the memory stays busy from one layer to the next.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -191,40 +189,3 @@ def _launch_sizes(inputs: int, itemsize: int, gated: bool) -> tuple[dict[str, in
     sizes = {"INPUT_TILE": input_tile, "OUTPUT_TILE": max(lines // 2 if gated else lines, 1)}
     held = input_tile * sizes["OUTPUT_TILE"] * (2 if gated else 1) * itemsize
     return sizes, min(max(NUM_WARPS, held // (2 * ELEMENTS) * NUM_WARPS), 16)
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    cases: list[dict[str, Any]] = []
-    for dtype, rows, inputs, outputs, flags in (
-        ("bf16", 1, 1024, 4096, ("HAS_NORM",)),
-        ("bf16", 1, 2048, 1024, ("HAS_RESIDUAL", "UPCOMING")),
-        ("bf16", 4, 1024, 3072, ("HAS_NORM", "GATED", "UPCOMING")),
-        ("bf16", 1, 3072, 1024, ("HAS_RESIDUAL", "HAS_BIAS")),
-        ("bf16", 4, 25600, 5120, ("HAS_RESIDUAL",)),
-        ("fp32", 2, 1024, 3072, ("HAS_NORM", "GATED")),
-        ("fp32", 4, 12288, 4096, ("HAS_RESIDUAL",)),
-    ):
-        sizes, num_warps = _launch_sizes(inputs, 4 if dtype == "fp32" else 2, "GATED" in flags)
-        switches = {name: name in flags for name in ("HAS_NORM", "HAS_BIAS", "HAS_RESIDUAL", "GATED")}
-        length = 1 << 22 if "UPCOMING" in flags else 0
-        lines = _lines_of_a_share(2 * length, triton.cdiv(outputs, sizes["OUTPUT_TILE"]))
-        constexprs = {"ROWS": rows, "INPUTS": inputs, "OUTPUTS": outputs, **sizes, **switches, "OVERLAPS": False}
-        constexprs |= {"UPCOMING": length, "UPCOMING_LINES": lines}
-        tensors = ("x", "norm_weight", "weight", "bias", "residual", "out", "upcoming")
-        cases.append(
-            {
-                "kernel": _fused_linear_kernel,
-                "signature": {
-                    **dict.fromkeys(tensors, f"*{dtype}"),
-                    **dict.fromkeys(("x_stride", "residual_stride"), "i32"),
-                    "eps": "fp32",
-                    **dict.fromkeys(constexprs, "constexpr"),
-                },
-                "constexprs": constexprs,
-                "num_warps": num_warps,
-                "num_stages": 1,
-                "label": f"{dtype} {rows}x{inputs}x{outputs} {' '.join(flags).lower()}",
-            }
-        )
-    return cases

@@ -4,8 +4,6 @@ A draw is kept if the tokens ahead of it, those more likely, do not reach top_p;
 ahead. What ``layers/sampler.py`` does for rows whose top_p the most likely tokens do not reach, with the same noise.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -207,28 +205,3 @@ def nucleus_reference(
             if not left.sum() >= target or not left.any():
                 break
         tokens[row] = token
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    rows: dict[str, str] = {}
-    for name, dtype in (("temperature", "fp32"), ("min_p", "fp32"), ("top_p", "fp32"), ("keys", "i32")):
-        rows |= {name: f"*{dtype}", f"{name}_stride": "i32"}
-    rows |= {"positions": "*i64", "positions_stride": "i32", "pending": "*i1", "tokens": "*i64"}
-    constexprs = {"HAS_MIN_P": True, "BLOCK": BLOCK, "NUM_BLOCKS": 1187, "BLOCKS": 2048, "TILE": _TILE}
-    return [
-        {
-            "kernel": _nucleus_kernel,
-            "signature": {"logits": f"*{dtype}", "logits_stride": "i32", "sums": "*fp32", "sums_stride": "i32"}
-            | {"peaks": "*fp32"}
-            | rows
-            | {"vocab_size": "i32"}
-            | dict.fromkeys(constexprs, "constexpr"),
-            "constexprs": constexprs | {"HAS_MIN_P": has_min_p},
-            "num_warps": 8,
-            "num_stages": 3,
-            "label": f"nucleus, {dtype}{', min_p' if has_min_p else ''}",
-        }
-        for dtype in ("bf16", "fp32")
-        for has_min_p in (False, True)
-    ]

@@ -3,8 +3,6 @@
 Programs take items of ``decode_work``. The last one to end of a row's items combines their partial results.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -261,52 +259,3 @@ def _variant(dtype: torch.dtype, padded_group: int, padded_dim: int) -> dict[str
     if dtype == torch.float32 and not is_interpreted():  # which is as slow with small tiles as with large
         return {"TILE": EXACT_TILE, "num_warps": 4 if padded_dim <= 128 else 8, "num_stages": 3}
     return {"TILE": decode_work.TILE, "num_warps": NUM_WARPS if padded_group < 64 else 8, "num_stages": NUM_STAGES}
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """Variants worth compiling ahead of time."""
-    cases = []
-    for dtype, kv_heads, group, head_dim, block_size in (
-        ("bf16", 8, 2, 128, 16),
-        ("bf16", 8, 2, 128, 32),
-        ("bf16", 8, 8, 80, 256),
-        ("bf16", 1, 71, 64, 32),
-        ("bf16", 4, 1, 256, 32),
-        ("fp32", 8, 2, 128, 32),
-        ("fp32", 8, 4, 256, 32),
-    ):
-        padded_group = max(16, triton.next_power_of_2(group))
-        padded_dim = triton.next_power_of_2(head_dim)
-        constexprs = {
-            "Q_STRIDE": kv_heads * (group + 2) * head_dim,
-            "BLOCK_STRIDE": kv_heads * block_size * head_dim,
-            "HEAD_STRIDE": block_size * head_dim,
-            "TOKEN_STRIDE": head_dim,
-            "BLOCK_SIZE": block_size,
-            "KV_HEADS": kv_heads,
-            "GROUP": group,
-            "HEAD_DIM": head_dim,
-            "PADDED_GROUP": padded_group,
-            "PADDED_DIM": padded_dim,
-            "REDUCE_TILE": REDUCE_TILE,
-            "OVERLAPS": False,
-        }
-        options = _variant(torch.float32 if dtype == "fp32" else torch.bfloat16, padded_group, padded_dim)
-        constexprs["TILE"] = options.pop("TILE")
-        cases.append(
-            {
-                "kernel": _decode_kernel,
-                "signature": {
-                    **dict.fromkeys(("q", "keys", "values", "out"), f"*{dtype}"),
-                    **dict.fromkeys(("partial_out", "partial_lse"), "*fp32"),
-                    **dict.fromkeys(("block_tables", "items", "first_items", "arrivals"), "*i32"),
-                    **dict.fromkeys(("rows", "capacity", "table_stride"), "i32"),
-                    "scale_log2": "fp32",
-                    **dict.fromkeys(constexprs, "constexpr"),
-                },
-                "constexprs": constexprs,
-                **options,
-                "label": f"decode {dtype} {kv_heads}x{group}x{head_dim}, blocks of {block_size}",
-            }
-        )
-    return cases

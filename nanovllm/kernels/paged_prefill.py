@@ -7,7 +7,6 @@ softmax: Milakov and Gimelshein, 2018; the loop is that of Dao, FlashAttention-2
 """
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -269,44 +268,3 @@ def _variant(dtype: torch.dtype, group: int, head_dim: int, large: bool) -> dict
         "num_warps": NUM_WARPS,
         "num_stages": 2 if wide else NUM_STAGES,
     }
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """Variants worth compiling ahead of time."""
-    cases = []
-    for dtype, kv_heads, group, head_dim, block_size, large in (
-        ("bf16", 8, 2, 128, 16, True),
-        ("bf16", 8, 2, 128, 16, False),
-        ("bf16", 4, 5, 80, 32, False),
-        ("bf16", 8, 4, 64, 256, True),
-        ("bf16", 4, 1, 256, 32, True),
-        ("fp32", 8, 2, 128, 32, True),
-        ("fp32", 8, 4, 256, 32, True),
-    ):
-        variant = _variant(torch.float32 if dtype == "fp32" else torch.bfloat16, group, head_dim, large)
-        options = {name: variant.pop(name) for name in ("num_warps", "num_stages")}
-        constexprs = {
-            "Q_STRIDE": kv_heads * (group + 2) * head_dim,
-            "BLOCK_STRIDE": kv_heads * block_size * head_dim,
-            "HEAD_STRIDE": block_size * head_dim,
-            "TOKEN_STRIDE": head_dim,
-            "BLOCK_SIZE": block_size,
-            "HEADS": kv_heads * group,
-            "GROUP": group,
-            "HEAD_DIM": head_dim,
-            "PADDED_DIM": triton.next_power_of_2(head_dim),
-            "HAS_SLOTS": True,
-            **variant,
-        }
-        signature = {
-            **dict.fromkeys(("q", "keys", "values", "out"), f"*{dtype}"),
-            **dict.fromkeys(("block_tables", "slots", "tiles"), "*i32"),
-            **dict.fromkeys(("num_tiles", "table_stride"), "i32"),
-            "scale_log2": "fp32",
-            **dict.fromkeys(constexprs, "constexpr"),
-        }
-        label = f"prefill {dtype} {kv_heads}x{group}x{head_dim}, tiles of {variant['QUERY_TILE']}x{variant['KEY_TILE']}"
-        cases.append(
-            {"kernel": _prefill_kernel, "signature": signature, "constexprs": constexprs, "label": label, **options}
-        )
-    return cases

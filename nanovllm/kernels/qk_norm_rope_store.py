@@ -1,7 +1,5 @@
 """From the projection to attention in one pass: queries and keys normalised and rotated, keys and values cached."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -226,36 +224,3 @@ def _launch_sizes(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[dic
         "KV_TILE": min(triton.next_power_of_2(num_kv_heads), 16),
     }
     return sizes, min(max(sizes["Q_TILE"] * half_tile // 256, 1), 8)
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    cases = []
-    for dtype, heads, kv_heads, head_dim in (
-        ("bf16", 16, 8, 128),
-        ("bf16", 64, 8, 80),
-        ("fp32", 16, 8, 128),
-        ("fp32", 16, 16, 256),
-    ):
-        sizes, num_warps = _launch_sizes(heads, kv_heads, head_dim)
-        constexprs = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16, **sizes}
-        constexprs["OVERLAPS"] = False
-        strides = [f"{name}_{dim}_stride" for name in ("keys", "values") for dim in ("block", "head", "token")]
-        cases.append(
-            {
-                "kernel": _qk_norm_rope_store_kernel,
-                "signature": {
-                    **dict.fromkeys(("qkv", "q_weight", "k_weight", "keys", "values", "q"), f"*{dtype}"),
-                    **dict.fromkeys(("cos", "sin"), "*fp32"),
-                    **dict.fromkeys(("positions", "slot_mapping"), "*i64"),
-                    **dict.fromkeys(("qkv_stride", *strides), "i32"),
-                    "eps": "fp32",
-                    **dict.fromkeys(constexprs, "constexpr"),
-                },
-                "constexprs": constexprs,
-                "num_warps": num_warps,
-                "num_stages": 1,
-                "label": f"{dtype} {heads}/{kv_heads} heads of {head_dim}",
-            }
-        )
-    return cases

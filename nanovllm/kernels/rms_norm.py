@@ -1,7 +1,5 @@
 """RMSNorm of the residual stream, and the addition to the stream that goes before it, in one pass over the memory."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -96,34 +94,3 @@ def _launch_sizes(size: int) -> tuple[int, int]:
     """Block and warps for rows of ``size``: 8 elements a thread, 16 bytes of bfloat16, up to 16 warps."""
     block = triton.next_power_of_2(size)
     return block, min(max(block // 256, 1), 16)
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    cases = []
-    for dtype, size, has_residual in (
-        ("bf16", 1024, True),
-        ("bf16", 5120, False),
-        ("fp32", 1024, True),
-        ("fp32", 16384, True),
-    ):
-        block, num_warps = _launch_sizes(size)
-        tensors = dict.fromkeys(("x", "residual", "weight", "normed", "total"), f"*{dtype}")
-        constexprs = {"SIZE": size, "BLOCK": block, "HAS_RESIDUAL": has_residual, "OVERLAPS": False}
-        cases.append(
-            {
-                "kernel": _rms_norm_kernel,
-                "signature": {
-                    **tensors,
-                    "x_stride": "i32",
-                    "residual_stride": "i32",
-                    "eps": "fp32",
-                    **dict.fromkeys(constexprs, "constexpr"),
-                },
-                "constexprs": constexprs,
-                "num_warps": num_warps,
-                "num_stages": 1,
-                "label": f"{dtype} size {size}{' residual' if has_residual else ''}",
-            }
-        )
-    return cases

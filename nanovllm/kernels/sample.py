@@ -3,8 +3,6 @@
 What ``layers/sampler.py`` does for rows without top_k, top_p and min_p, with the same noise, reading the logits once.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -249,37 +247,3 @@ def sample_reference(
     drawn = weights[every, block] / exponential_noise(keys, positions, words)
     place = blocks[every, block].where(greedy, drawn).argmax(dim=-1)
     return (block * BLOCK + place).masked_fill(~peaks[:, 0].isfinite(), -1)
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    row_arguments = {"temperature": "*fp32", "temperature_stride": "i32"}
-    noise_arguments = {"keys": "*i32", "keys_stride": "i32", "positions": "*i64", "positions_stride": "i32"}
-    measures = {"maxima": "*fp32", "sums": "*fp32", "measures_stride": "i32"}
-    overlaps = {"OVERLAPS": "constexpr"}
-    cases: list[dict[str, Any]] = []
-    for dtype in ("bf16", "fp32"):
-        rows = {"logits": f"*{dtype}", "logits_stride": "i32"} | row_arguments
-        tile = {"vocab_size": "i32", "BLOCK": "constexpr", "TILE": "constexpr"} | overlaps
-        cases.append(
-            {
-                "kernel": _measure_kernel,
-                "signature": rows | measures | tile,
-                "constexprs": {"BLOCK": BLOCK, "TILE": _TILE, "OVERLAPS": False},
-                "num_warps": 4,
-                "num_stages": 3,
-                "label": f"sample, measure, {dtype}",
-            }
-        )
-        last = {"tokens": "*i64", "vocab_size": "i32", "BLOCK": "constexpr", "BLOCKS": "constexpr"} | overlaps
-        cases.append(
-            {
-                "kernel": _draw_kernel,
-                "signature": rows | noise_arguments | measures | last,
-                "constexprs": {"BLOCK": BLOCK, "BLOCKS": 2048, "OVERLAPS": False},
-                "num_warps": 4,
-                "num_stages": 3,
-                "label": f"sample, draw, {dtype}",
-            }
-        )
-    return cases

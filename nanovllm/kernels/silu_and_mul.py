@@ -1,7 +1,5 @@
 """The gate of a gated MLP, silu(gate) * up, in one pass over the memory."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -49,25 +47,3 @@ def silu_and_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """:func:`silu_and_mul` by torch's operators."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """The variants worth compiling ahead of time; see tools/compile_kernels.py."""
-    return [
-        {
-            "kernel": _silu_and_mul_kernel,
-            "signature": {
-                "gate_up": f"*{dtype}",
-                "gate_up_stride": "i32",
-                "out": f"*{dtype}",
-                "N": "constexpr",
-                "BLOCK": "constexpr",
-                "OVERLAPS": "constexpr",
-            },
-            "constexprs": {"N": 3072, "BLOCK": _BLOCK, "OVERLAPS": False},
-            "num_warps": 4,
-            "num_stages": 1,
-            "label": f"{dtype} n 3072",
-        }
-        for dtype in ("bf16", "fp32")
-    ]

@@ -1,7 +1,5 @@
 """Keys and values into the paged cache."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -91,26 +89,3 @@ def store_kv_reference(
     slots, block_size = slot_mapping[kept], keys.shape[2]
     keys[slots // block_size, :, slots % block_size] = k[kept]
     values[slots // block_size, :, slots % block_size] = v[kept]
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """Variants worth compiling ahead of time."""
-    shape = {"BLOCK_SIZE": 32, "HEADS": 8, "HEAD_DIM": 128, "PADDED_HEADS": 8, "PADDED_DIM": 128, "TOKENS": 2}
-    strides = {"BLOCK_STRIDE": 32 * 8 * 128, "HEAD_STRIDE": 32 * 128, "TOKEN_STRIDE": 128}
-    constexprs = {"K_STRIDE": 4096, "V_STRIDE": 4096, **strides, **shape}
-    return [
-        {
-            "kernel": _store_kv_kernel,
-            "signature": {
-                **dict.fromkeys(("k", "v", "keys", "values"), f"*{dtype}"),
-                "slot_mapping": "*i64",
-                "num_tokens": "i32",
-                **dict.fromkeys(constexprs, "constexpr"),
-            },
-            "constexprs": constexprs,
-            "num_warps": 4,
-            "num_stages": 3,
-            "label": f"store_kv {dtype}",
-        }
-        for dtype in ("bf16", "fp32")
-    ]
