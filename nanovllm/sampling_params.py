@@ -195,7 +195,7 @@ class SamplingParams:
 _FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _LAST_FIELD = dataclasses.fields(SamplingParams)[-1].name
 # Arguments of vLLM's that we lack, and what to do without them.
-_STRUCTURED = "structured outputs are not there; leave it out, or pass logits_processors of your own"
+_STRUCTURED = "structured outputs come by logits_processors, as in examples/structured_output.py; leave it out"
 _BEAMS = "beam search is not there; leave it out, or take the best of n completions by their cumulative_logprob"
 _NOT_HERE = {
     "best_of": "leave it out, or generate n completions with logprobs=0 and take the best by their cumulative_logprob",

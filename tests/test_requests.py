@@ -352,8 +352,8 @@ class TestArgumentsOfVllm:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("guided_decoding", "structured outputs are not there"),
-            ("structured_outputs", "structured outputs are not there"),
+            ("guided_decoding", "structured outputs come by logits_processors"),
+            ("structured_outputs", "structured outputs come by logits_processors"),
             ("use_beam_search", "beam search is not there"),
             ("best_of", "generate n completions with logprobs=0"),
             ("output_kind", "leave it out"),
