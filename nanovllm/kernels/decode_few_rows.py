@@ -30,6 +30,8 @@ REGISTERS = 64
 MOST_GROUP = 8
 # Programs launched for a multiprocessor at most, as many as run at a time; each goes on that many items.
 PROGRAMS_PER_SM = 2
+# Fewest columns of a product: tl.dot pads smaller ones itself, but not before Triton 3.5.
+FEWEST_LINES = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
 
 # Scores of what is not there: finite, so that their differences are numbers.
 _LOWEST = tl.constexpr(-1e30)
@@ -361,7 +363,7 @@ def _launch_sizes(group: int, head_dim: int, itemsize: int) -> tuple[dict[str, i
     padded_group, padded_dim = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 4), 16)
     sizes = {
-        "LINES": max(triton.next_power_of_2(group + 1), 8),
+        "LINES": max(triton.next_power_of_2(group + 1), FEWEST_LINES),
         "PADDED_GROUP": padded_group,
         "PADDED_DIM": max(padded_dim, 16),
         "TILE": TILE,
