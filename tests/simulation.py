@@ -1,5 +1,6 @@
 """The scheduler in front of a device without a model, which does what plans say and checks everything it reads."""
 
+import dis
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -324,11 +325,14 @@ def interrupt_at_lines(start: Callable[[], Callable[[], object]], every: int = 1
 def run_traced(action: Callable[[], object], at_line: Callable[[str], None]) -> None:
     """Run ``action``, and call ``at_line("file:line")`` before each line of the package."""
     package = nanovllm.__path__[0]
+    pops_block = dis.opmap["POP_BLOCK"] if sys.version_info < (3, 11) else None
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(package):
             return None
-        if event == "line":
+        # Python 3.10 reports a line between a block's end and the call of its ``__exit__``, where no signal is taken.
+        leaves = pops_block is not None and frame.f_code.co_code[max(frame.f_lasti - 2, 0)] == pops_block
+        if event == "line" and not leaves:
             at_line(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return trace
 

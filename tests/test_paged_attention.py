@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS, AttentionSpec, select_backend
 from nanovllm.attention.base import AttentionMetadata, DecodeMetadata
@@ -35,6 +37,12 @@ NOWHERE = 2**30  # no block: whoever follows it reads what is not his
 # The same examples in every run, and no limits of time: the machine may be busy.
 few = settings(max_examples=30, deadline=None, derandomize=True)
 many = settings(max_examples=60, deadline=None, derandomize=True)
+
+# Running sums of int32 become int64 there, and each one stored overwrites its neighbour, which may be masked.
+needs_running_sums = pytest.mark.skipif(
+    DEVICE.type == "cpu" and triton.__version__.startswith("3.2."),
+    reason="the interpreter of Triton 3.2 stores running sums with too many bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Cache:
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     assert actual.dtype == dtype
-    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=tolerance, atol=tolerance)
 
 
@@ -321,6 +329,7 @@ class TestDecodePlan:
         work = plan_decode(int32([100]), int32([0]), None, 128, 4, 2, 64)
         assert work.items.shape[1] == 2
 
+    @needs_running_sums
     def test_one_long_row_among_short_ones_is_split(self) -> None:
         items = self.check([10] * 30 + [100_000] + [7] * 30, 100_000)
         longest = max(end - start for _, _, start, end, *_ in items)
@@ -333,6 +342,7 @@ class TestDecodePlan:
         assert len(self.check([places * 128], places * 128)) == places
         assert len(self.check([64], 4096)) == 1
 
+    @needs_running_sums
     def test_a_total_beyond_32_bits(self) -> None:
         self.check([2**30] * 5, 2**30)
 

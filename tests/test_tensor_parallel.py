@@ -55,11 +55,12 @@ def tokens_of(llm: LLM, params: Any = GREEDY, prompts: list[list[int]] = PROMPTS
 def belongings() -> dict[str, Any]:
     """What a process holds, and what it may leave behind on the machine."""
     me = psutil.Process()
+    connections = me.net_connections if hasattr(me, "net_connections") else me.connections  # before psutil 6
     shared = Path("/dev/shm")
     return {
         "processes": sorted(child.pid for child in me.children(recursive=True)),
         "files": me.num_fds(),
-        "sockets": sorted(str(c.laddr) for c in me.net_connections() if c.status == psutil.CONN_LISTEN),
+        "sockets": sorted(str(c.laddr) for c in connections() if c.status == psutil.CONN_LISTEN),
         "shared memory": sorted(path.name for path in shared.glob("*nanovllm*")),
         "temporary": sorted(path.name for path in Path(tempfile.gettempdir()).iterdir()),
     }
