@@ -167,7 +167,8 @@ class _Batch:
         self.sampler = sampler
         self.rows = rows
         self.blocks = in_blocks(logits)
-        self.on_cpu = logits.device.type == "cpu" and sampler.nucleus_kernel is None  # else it is interpreted
+        # Whether the host may look at what was computed: nobody waits for it. (With kernels, they are interpreted.)
+        self.host_may_look = logits.device.type == "cpu" and sampler.nucleus_kernel is None
         self.everything = torch.arange(len(logits), device=logits.device)
         temperature = rows.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
         self.scale = kernels.LOG2_E / temperature  # 2^x costs a third of e^x on the CPU
@@ -201,7 +202,7 @@ class _Batch:
                 if self.sampler.nucleus_kernel is not None:
                     self._launch_nucleus(self.truncated & ~settled, tokens)
                     continue
-                if not self.on_cpu:
+                if not self.host_may_look:
                     tokens = self._draw_nucleus_blindly(self.truncated & ~settled, tokens)
                     continue
                 index = index[self.truncated[index] & ~settled]
@@ -211,12 +212,12 @@ class _Batch:
 
     def _select(self, mask: torch.Tensor) -> torch.Tensor:
         """Rows of a mask. A GPU takes all, and the mask later, lest the host wait for it."""
-        return mask.nonzero()[:, 0] if self.on_cpu else self.everything
+        return mask.nonzero()[:, 0] if self.host_may_look else self.everything
 
     def _candidate_groups(self) -> list[tuple[torch.Tensor, int]]:
         """Truncated rows, and how many of their most likely tokens hold what top_k leaves."""
         vocab_size = self.sampler.vocab_size
-        if not self.on_cpu:
+        if not self.host_may_look:
             return [(self.everything, max(CANDIDATES, min(self.rows.num_candidates, vocab_size)))]
         groups: dict[int, list[int]] = {}  # by power of two: a row with a large top_k is no burden to the others
         for row, (cut, top_k) in enumerate(zip(self.truncated.tolist(), self.top_k.tolist(), strict=True)):
@@ -232,11 +233,11 @@ class _Batch:
         wanted = (rows.temperature > 0) & (self.top_k == 0)  # rows with a top_k do not need the sums
         # With min_p, blocks and their tokens must be weighed by one and the same exponential: a block could else be
         # drawn for a token that is then left out.
-        if self.on_cpu and self.sampler.block_sums_kernel is not None and not rows.any_min_p:
+        if self.host_may_look and self.sampler.block_sums_kernel is not None and not rows.any_min_p:
             self.maxima, self.sums = self.sampler.block_sums_kernel(self.blocks, self.scale, wanted)
             self.peaks = self.maxima.amax(dim=-1)
             return
-        needed = wanted.tolist() if self.on_cpu else [not rows.all_greedy] * count
+        needed = wanted.tolist() if self.host_may_look else [not rows.all_greedy] * count
         self.maxima = self.blocks.new_empty(self.blocks.shape[:2])
         self.sums = torch.zeros_like(self.maxima)
         step = rows_at_a_time(self.blocks)
@@ -264,7 +265,7 @@ class _Batch:
         out.mul_(self.scale[index].view(shape)).exp2_()
         if self.rows.any_min_p and self.rows.min_p is not None:
             limit = self.rows.min_p[index].view(shape)
-            if not self.on_cpu:
+            if not self.host_may_look:
                 out.masked_fill_(out < limit, 0)
             elif limit.any():
                 out.mul_(torch.ge(out, limit, out=torch.empty_like(out)))  # a float mask: far faster than bool
@@ -371,7 +372,7 @@ class _Batch:
         # Larger logits; in earlier blocks equal ones too, and those of the own block token by token.
         pivot = logits[every, block, tokens % BLOCK][:, None]
         earlier = torch.arange(logits.shape[1], device=index.device) < block[:, None]
-        if self.on_cpu:
+        if self.host_may_look:
             just_below = torch.nextafter(pivot, torch.full_like(pivot, float("-inf")))
             ahead = torch.gt(logits, just_below.where(earlier, pivot)[:, :, None], out=torch.empty_like(logits))
         else:
