@@ -460,7 +460,7 @@ class TestBatches:
         expected = sample(logits, rows), sample(logits, truncated)
 
         class Elsewhere(sampler_module._Batch):
-            on_cpu = property(lambda self: False, lambda self, value: None)
+            host_may_look = property(lambda self: False, lambda self, value: None)
 
         monkeypatch.setattr(sampler_module, "_Batch", Elsewhere)
         assert torch.equal(sample(logits, rows), expected[0])

@@ -255,7 +255,7 @@ class TestNucleus:
 class Elsewhere(sampler_module._Batch):
     """As on a device that is not waited for."""
 
-    on_cpu = property(lambda self: False, lambda self, value: None)
+    host_may_look = property(lambda self: False, lambda self, value: None)
 
 
 class TestThroughTheSampler:
