@@ -1,11 +1,12 @@
 """The scheduler in front of a device without a model, which does what plans say and checks everything it reads."""
 
 import dis
+import functools
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import nanovllm
@@ -325,14 +326,11 @@ def interrupt_at_lines(start: Callable[[], Callable[[], object]], every: int = 1
 def run_traced(action: Callable[[], object], at_line: Callable[[str], None]) -> None:
     """Run ``action``, and call ``at_line("file:line")`` before each line of the package."""
     package = nanovllm.__path__[0]
-    pops_block = dis.opmap["POP_BLOCK"] if sys.version_info < (3, 11) else None
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(package):
             return None
-        # Python 3.10 reports a line between a block's end and the call of its ``__exit__``, where no signal is taken.
-        leaves = pops_block is not None and frame.f_code.co_code[max(frame.f_lasti - 2, 0)] == pops_block
-        if event == "line" and not leaves:
+        if event == "line" and frame.f_lasti not in _exits(frame.f_code):
             at_line(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return trace
 
@@ -342,3 +340,13 @@ def run_traced(action: Callable[[], object], at_line: Callable[[str], None]) -> 
         action()
     finally:
         sys.settrace(previous)
+
+
+@functools.cache
+def _exits(code: CodeType) -> frozenset[int]:
+    """Where blocks of ``with`` are left: a line is reported, but no signal taken before ``__exit__`` is called."""
+    if sys.version_info < (3, 11):
+        return frozenset(i.offset + 2 for i in dis.get_instructions(code) if i.opname == "POP_BLOCK")
+    loads = [(i.offset, i.opname.startswith("LOAD_CONST") and i.argval is None) for i in dis.get_instructions(code)]
+    triples = zip(loads, loads[1:], loads[2:], strict=False)
+    return frozenset(first for (first, a), (_, b), (_, c) in triples if a and b and c)  # the arguments of __exit__

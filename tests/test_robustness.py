@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, RequestOutput, SamplingParams
-from nanovllm.engine import llm_engine
+from nanovllm.engine import llm_engine, turns
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
@@ -78,6 +79,7 @@ def assert_empty(llm: LLM) -> None:
     llm.engine.scheduler.check_integrity()
     assert not llm.engine.has_unfinished_requests
     assert not llm.engine.scheduler.has_unfinished
+    assert not llm.engine.turns.waiting
     assert llm.get_metrics()["kvcache_blocks_used"] == 0
 
 
@@ -452,6 +454,85 @@ def test_after_an_interrupt_at_any_line_the_next_call_is_right(tiny_checkpoint: 
     assert num_interrupts > 30
 
 
+@pytest.mark.parametrize("action", ["generate", "stream", "abort", "step", "poll"])
+def test_after_an_interrupt_at_any_line_a_request_added_by_hand_is_done_or_told(
+    tiny_checkpoint: Path, reference: Reference, action: str
+) -> None:
+    llm = make_llm(tiny_checkpoint, num_kvcache_blocks=6, max_num_seqs=2, max_num_batched_tokens=8)
+    engine, prompt = llm.engine, make_prompt(8)
+    expected = reference(prompt, 4)
+    done: list[Any] = []
+
+    def act() -> None:
+        if action == "generate":
+            generate(llm, [[5, 6]], greedy(3))
+        elif action == "stream":
+            with closing(llm.stream([[5, 6]], greedy(3))) as pieces:
+                next(pieces)
+        elif action == "abort":
+            llm.abort(engine.add_request([5, 6], greedy(3)))
+        elif action == "step":
+            done.extend(engine.step())
+        elif engine.has_unfinished_requests:
+            llm.get_metrics()
+
+    def start() -> Callable[[], object]:
+        engine.reset()
+        done.clear()
+        added.append(engine.add_request(prompt, greedy(4)))
+        return act
+
+    added: list[str] = []
+    for place in interrupt_at_lines(start, every=3):
+        assert not engine.turns.is_inside(), place
+        told = False
+        while engine.has_unfinished_requests:
+            try:
+                done += engine.step()
+            except RuntimeError as error:
+                told = re.search(rf"failed: [\d, ]*\b{added[-1]}\b", str(error)) is not None
+        outputs = [output["token_ids"] for output in done if output.request_id == added[-1]]
+        if action == "step":  # it was itself interrupted, which says that what was to come is lost
+            assert outputs in ([], [expected]), place
+        else:
+            assert outputs == ([] if told else [expected]), place
+        assert_empty(llm)
+        assert generate(llm, [prompt], greedy(4)) == [expected], place
+
+
+def test_a_failure_of_an_owner_whose_recovery_is_interrupted_is_told_by_step(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    llm = make_llm(tiny_checkpoint)
+    added = llm.engine.add_request([1, 2], greedy(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "schedule", interrupted)
+        patch.setattr(Scheduler, "reset", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, [[3]], greedy(4))
+    assert llm.engine.has_unfinished_requests
+    with pytest.raises(RuntimeError, match=rf"requests were dropped by another call that failed: {added}"):
+        finish(llm.engine)
+    assert_empty(llm)
+
+
+def test_one_that_no_longer_waits_for_a_turn_is_given_few(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that was interrupted on its way in stays noted as one that waits."""
+    monkeypatch.setattr(turns, "MOST_TURNS", 3)
+    slept: list[float] = []
+    monkeypatch.setattr(turns.time, "sleep", slept.append)
+    with make_llm(tiny_checkpoint) as llm:
+        llm.engine.turns.waiting[-1] = turns.MOST_TURNS
+        generate(llm, [[3]], greedy(12))
+        assert len(slept) == 4
+        assert_empty(llm)
+
+
 def test_a_failing_step_leaves_an_engine_that_takes_new_requests(
     tiny_checkpoint: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,7 +560,7 @@ def test_a_loss_that_is_noted_while_step_asks_is_told(tiny_checkpoint: Path, mon
     with make_llm(tiny_checkpoint) as llm:
         engine = llm.engine
         added = engine.add_request([1, 2], greedy(8))
-        engine._lost.append(LostRequest("of before", None))
+        engine._lost["of before"] = LostRequest("of before", None)
         monkeypatch.setattr(llm_engine, "LostRequest", note_slowly)
         monkeypatch.setattr(engine.runner, "execute", lambda plan: 1 / 0)
 
@@ -696,6 +777,15 @@ def test_an_interrupt_while_a_request_is_added_leaves_nothing_behind(tiny_checkp
                 llm.engine.add_request([1, 2], greedy(2))
         assert not llm.engine.has_unfinished_requests
         assert len(generate(llm, [[1, 2]], greedy(2))[0]) == 2
+
+        added = llm.engine.add_request([3, 4], greedy(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "add", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                generate(llm, [[1, 2]], greedy(2))
+        with pytest.raises(RuntimeError, match=f"requests were dropped by another call that failed: {added}: "):
+            llm.engine.step()
+        assert_empty(llm)
 
 
 def test_a_console_that_goes_away_costs_no_results(tiny_checkpoint: Path, monkeypatch) -> None:

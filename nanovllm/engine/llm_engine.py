@@ -24,7 +24,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_handle import DeviceMemoryError, StepHandle
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.engine.tokenizer import load_tokenizer
-from nanovllm.engine.turns import TURN_SECONDS, Turns
+from nanovllm.engine.turns import Turns
 from nanovllm.models.registry import get_model_class
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -82,7 +82,7 @@ class LLMEngine:
         self.counters = Counters()
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # finished, of requests without an owner
-        self._lost: list[LostRequest] = []  # of requests without an owner
+        self._lost: dict[str, LostRequest] = {}  # of requests without an owner
         self._in_flight: deque[_Step] = deque()  # launched, what they give not yet taken in; oldest first
         self._launching = 0.0  # seconds spent in calls that launched a step and took in none, since the last that did
         self._token_texts: dict[int, str] = {}  # of single tokens, for log-probabilities
@@ -116,13 +116,7 @@ class LLMEngine:
     @property
     def num_unfinished_requests(self) -> int:
         """Requests that have not ended."""
-        turns = self.turns
-        if turns.is_whole or turns.is_inside() or not turns.lock.acquire(blocking=False):
-            return len(self._requests)
-        try:  # nobody is changing anything: what a change that was cut short has left does not count
-            return len(self._requests) if turns.is_whole else 0
-        finally:
-            turns.lock.release()
+        return len(self._requests)
 
     @property
     def unfinished_request_ids(self) -> list[str]:
@@ -177,7 +171,9 @@ class LLMEngine:
                     request, request_id, None if leader_id is None else self._requests.get(leader_id)
                 )
                 tokenizer = self.tokenizer if request.params.detokenize else None
-                self._requests[request_id] = Request(
+                for seq in sequences:
+                    self.scheduler.add(seq)
+                self._requests[request_id] = Request(  # last: a call that fails has added nothing that could be lost
                     request_id,
                     request.prompt,
                     prompt_index,
@@ -187,8 +183,6 @@ class LLMEngine:
                     sequences,
                     self._token_texts,
                 )
-                for seq in sequences:
-                    self.scheduler.add(seq)
         if taken:
             raise ValueError(f"request_id {request_id!r} is taken by a request that has not finished")
         return request_id
@@ -205,10 +199,10 @@ class LLMEngine:
         """
         if self._lost:
             with self.turns.wait(), self.turns.lock:  # whoever fails may be in the middle of adding to them
-                lost, self._lost = self._lost, []
+                lost, self._lost = self._lost, {}
             if lost:  # no other thread's step has told them meanwhile
-                names = ", ".join(request.request_id for request in lost)
-                raise RuntimeError(f"requests were dropped by another call that failed: {names}: {lost[0].cause!r}")
+                cause = next(iter(lost.values())).cause
+                raise RuntimeError(f"requests were dropped by another call that failed: {', '.join(lost)}: {cause!r}")
         self.advance()
         with self.turns.lock:
             ready, self._ready = self._ready, []
@@ -219,7 +213,7 @@ class LLMEngine:
 
         For an owner for whom something came while another thread's step was waited for, nothing is run.
         """
-        with self.turns.wait(), self.turns.lock, self.turns.change(owner is not None):
+        with self.turns.wait(), self.turns.lock, self.turns.change(is_step=owner is None):
             if owner is not None and owner.inbox:
                 return
             started = time.perf_counter()
@@ -231,8 +225,7 @@ class LLMEngine:
             if self._aborting:
                 aborting, self._aborting = self._aborting, []
                 self._abort(aborting, deferred=True)
-        if self.turns.waiting:  # a lock is not fair: who asks again at once would have it again
-            time.sleep(TURN_SECONDS)
+        self.turns.make_way()
 
     def _launch(self) -> bool:
         """Plan the next step and hand it to the device; returns whether there was any."""
@@ -309,7 +302,7 @@ class LLMEngine:
         """Drop all requests, and outputs that :meth:`step` has not given yet. The prefix cache stays."""
         with self.turns.wait(), self.turns.lock:
             self.turns.recover()
-            self._ready, self._lost = [], []
+            self._ready, self._lost = [], {}
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -365,16 +358,16 @@ class LLMEngine:
             "time_per_output_token": percentiles(counters.output_token_seconds),
         }
 
-    def _drop_everything(self, cause: BaseException, is_owners: bool) -> None:
-        """Drop all requests, and tell their owners why; :meth:`step` as well if it was an owner's call that failed."""
+    def _drop_everything(self, cause: BaseException, is_told: bool) -> None:
+        """Drop all requests, and tell their owners why; the next :meth:`step` is told of the others, if ``is_told``."""
         self._in_flight.clear()  # the device runs them to their end, before whatever is launched next
         self.scheduler.reset()
         self._aborting.clear()
         for request in self._requests.values():
             if request.owner is not None:
                 request.owner.inbox.append(LostRequest(request.request_id, cause))
-            elif is_owners:  # who added it sees nothing of this
-                self._lost.append(LostRequest(request.request_id, cause))
+            elif is_told:  # who added it sees nothing of this
+                self._lost[request.request_id] = LostRequest(request.request_id, cause)
         self._requests.clear()
 
     def _requests_of(self, owner: Owner) -> list[str]:
