@@ -182,6 +182,7 @@ def test_a_paused_engine_and_the_processes_below_hold_still(started: Any, journa
 
     time.sleep(0.2)
     engine.pause()
+    assert [psutil.Process(pid).status() for pid in noted_processes(journal)] == [psutil.STATUS_STOPPED] * 2
     time.sleep(0.1)
     assert beats_in(0.3) == 0
     engine.resume()

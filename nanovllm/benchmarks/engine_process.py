@@ -19,6 +19,7 @@ from nanovllm.benchmarks.workloads import check_lengths
 from nanovllm.utils.random_requests import Requests
 
 QUIT_SECONDS = 10.0
+PAUSE_SECONDS = 5.0  # that all of its processes are given to hold still
 """What an engine gets to end by itself, before it is killed."""
 LOG_TAIL_BYTES = 4096
 
@@ -116,8 +117,14 @@ class EngineProcess:
         return ran["seconds"]
 
     def pause(self) -> None:
-        """Take the processor from all of its threads."""
+        """Take the processor from all of its threads; returns once they hold still.
+
+        On a busy machine that may take a while, and should we be killed before, nobody would wake what stops later.
+        """
         self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + PAUSE_SECONDS
+        while any(map(_is_running, self._group())) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def resume(self) -> None:
         """Let it go on where it was paused."""
@@ -152,6 +159,15 @@ class EngineProcess:
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
+
+    def _group(self) -> list[psutil.Process]:
+        """Those of the engine's processes that signals to its group reach."""
+        group = []
+        for process in self._processes():
+            with suppress(ProcessLookupError):
+                if self.process is not None and os.getpgid(process.pid) == self.process.pid:
+                    group.append(process)
+        return group
 
     def _processes(self) -> list[psutil.Process]:
         """The engine's process and all below it."""
@@ -246,6 +262,13 @@ def _last_line(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
         lines = file.read().decode("utf-8", errors="replace").split("\n")
     return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _peak_memory(process: psutil.Process) -> int:
