@@ -57,7 +57,7 @@ class LLM:
             operation.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
         max_logprobs: Most log-probabilities that a request may ask for at each token (``logprobs``,
-            ``prompt_logprobs``); -1 sets no limit but that of a prompt or completion, 2^24 in all.
+            ``prompt_logprobs``); -1 sets no limit but that of a prompt, or of its completions, 2^24 in all.
         hf_overrides: Replaces entries of config.json, in either of its spellings.
         attention_backend: auto, which takes the first that fits; triton or flash_attn (CUDA; for the latter
             ``pip install "nanovllm[flash-attn]" --no-build-isolation``), cpu (numba's kernels), or matmul (any device).

@@ -285,7 +285,7 @@ class Simulation:
     def _check(self, plan: StepPlan) -> None:
         assert 0 < plan.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
-        if not self.scheduler.gathering.policy.mixed and plan.num_prefill_tokens:
+        if not self.scheduler.policy.mixed and plan.num_prefill_tokens:
             assert plan.num_prefill_tokens == plan.num_tokens, "a prompt shares its step"
         # Apart from the tokens of those that enter, a plan holds a few numbers a row, however long the contexts are.
         assert len(plan.released) <= self.scheduler.max_num_seqs

@@ -141,19 +141,35 @@ class TestKept:
     """A request keeps its parameters as they were when it was taken."""
 
     @pytest.mark.parametrize("shared", [False, True])
-    def test_an_iterator_may_change_what_it_yields(self, llm: LLM, shared: bool) -> None:
+    @pytest.mark.parametrize(
+        "prompt",
+        [[7, 0], {"prompt_token_ids": [7, 0]}, np.array([7, 0]), {"input_ids": np.array([7, 0])}, torch.tensor([7, 0])],
+        ids=["list", "dict", "array", "encoding", "tensor"],
+    )
+    def test_an_iterator_may_change_what_it_yields(self, llm: LLM, prompt: Any, shared: bool) -> None:
         params = SamplingParams(temperature=0, max_tokens=1)
-        prompt = [7]
+        ids = next(iter(prompt.values())) if isinstance(prompt, dict) else prompt
 
         def pairs() -> Iterator[Any]:
             for token in (10, 20, 30):
                 params.logit_bias = {token: 100.0}
-                prompt.append(token)
+                ids[1] = token
                 yield prompt if shared else (prompt, params)
 
         outputs = list(llm.generate_iter(pairs(), params))
         assert [output["token_ids"] for output in outputs] == [[10], [20], [30]]
-        assert [output.prompt_token_ids for output in outputs] == [[7, 10], [7, 10, 20], [7, 10, 20, 30]]
+        assert [output.prompt_token_ids for output in outputs] == [[7, 10], [7, 20], [7, 30]]
+
+    def test_text_of_one_dictionary(self, tmp_path: Path) -> None:
+        prompt = {"prompt": ""}
+
+        def refilled() -> Iterator[Any]:
+            for prompt["prompt"] in "abc":
+                yield prompt
+
+        with LLM(DEMO_MODEL_PATH, device="cpu", num_kvcache_blocks=8) as llm:
+            outputs = llm.generate_iter(refilled(), SamplingParams(max_tokens=1))
+            assert [output.prompt for output in outputs] == ["a", "b", "c"]
 
     def test_each_seed_of_one_object_counts(self, llm: LLM) -> None:
         params = SamplingParams(max_tokens=8, ignore_eos=True)

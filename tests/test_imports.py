@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "demo": set(),
     "engine": set(),
-    "engine.calls": {"engine.llm_engine", "engine.request", *PLAIN},
+    "engine.calls": {"engine.llm_engine", "engine.prompts", "engine.request", *PLAIN},
     "engine.intake": {
         "engine.prompts",
         "engine.request",

@@ -152,12 +152,12 @@ def check_many(check: Check) -> None:
     standard = check.earlier.get("standard", {}).get("output_tokens_per_second")
 
     def run(chosen: bench.Requests, policy: AdmissionPolicy) -> Result:
-        scheduler.gathering.policy = policy
+        scheduler.policy = policy
         result = measure_runs(check, engine, chosen, 1)
         return result | ({"of_standard": result["output_tokens_per_second"] / standard} if standard else {})
 
     try:
-        default = scheduler.gathering.policy
+        default = scheduler.policy
         check.note("default policy", str(default))
         check.part(f"{many}, default", run, draw(check, many), default)
         for name, policy in policies.items():

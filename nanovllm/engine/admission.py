@@ -22,21 +22,16 @@ class AdmissionPolicy:
 
 
 class Gathering:
-    """Vacancies that are gathered: since slots or blocks ran out, until enough sequences have ended.
+    """Vacancies that are gathered: since slots or blocks ran out, until enough sequences have ended."""
 
-    Args:
-        policy: How many are enough, and how long that may take.
-    """
-
-    def __init__(self, policy: AdmissionPolicy) -> None:
-        self.policy = policy
+    def __init__(self) -> None:
         self._is_going_on = False
         self._num_ended = 0
         self._num_steps = 0
 
     def begin(self) -> None:
         """Slots or blocks have run out."""
-        if self.policy.vacancies > 1 and not self._is_going_on:
+        if not self._is_going_on:
             self._is_going_on, self._num_ended, self._num_steps = True, 0, 0
 
     def end(self) -> None:
@@ -47,11 +42,11 @@ class Gathering:
         """A resident has ended."""
         self._num_ended += 1
 
-    def is_over(self, num_waiting: int, num_running: int) -> bool:
-        """Whether those who wait may join now. To be asked once a step."""
+    def step_passes(self, policy: AdmissionPolicy, num_waiting: int, num_running: int) -> bool:
+        """Another step is planned; returns whether those who wait may join in it."""
         if self._is_going_on:
             self._num_steps += 1
-            enough = self._num_ended >= min(self.policy.vacancies, num_waiting)
-            late = self._num_steps > self.policy.patience
+            enough = self._num_ended >= min(policy.vacancies, num_waiting)
+            late = self._num_steps > policy.patience
             self._is_going_on = not (enough or late or num_running == 0)
         return not self._is_going_on

@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.prompts import as_it_is
 from nanovllm.engine.request import LostRequest, Owner, PreparedRequest
 from nanovllm.outputs import CompletionOutput, RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
@@ -152,7 +153,7 @@ def _as_pair(item: Any, sampling_params: SamplingParams | None) -> _Pair:
     prompt, params = item, sampling_params
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (SamplingParams, type(None))):
         prompt, params = item[0], item[1] or sampling_params
-    return [*prompt] if isinstance(prompt, list) else prompt, params and params.clone()
+    return as_it_is(prompt), params and params.clone()
 
 
 def _error_output(index: int, prompt: Any, error: Exception) -> RequestOutput:

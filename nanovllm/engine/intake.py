@@ -15,8 +15,8 @@ from nanovllm.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
-# Log-probabilities of one prompt or completion. As Python's objects so many take a few GB: all of the vocabulary of
-# 151,936 for 110 tokens, or 128 a token for 131,072.
+# Log-probabilities of a prompt, or of all its completions. As Python's objects so many take a few GB: all of the
+# vocabulary of 151,936 for 110 tokens, or 128 a token for 131,072.
 MAX_LOGPROBS = 2**24
 
 
@@ -161,7 +161,7 @@ class Intake:
             token_ids = token_ids[-(self.max_model_len - 1 if kept == -1 else kept) :]
         limit = self._check_length(name, token_ids, params, self.max_model_len)
         self._check_logprobs("prompt_logprobs", name, params.prompt_logprobs, len(token_ids) - 1)
-        self._check_logprobs("logprobs", name, params.logprobs, limit)
+        self._check_logprobs("logprobs", name, params.logprobs, limit * params.n)
         bad_words = self._encode_words(tuple(params.bad_words)) if params.bad_words else ()
         first_logprob = None if params.prompt_logprobs is None else 1
         return PreparedRequest(text, token_ids, params, limit, bad_words, first_logprob)
@@ -189,7 +189,7 @@ class Intake:
         if each * num_tokens > MAX_LOGPROBS:
             raise ValueError(
                 f"{wanted}, which for {num_tokens:,} tokens makes up to {each * num_tokens:,} log-probabilities; at "
-                f"most {MAX_LOGPROBS:,} are given of a prompt or completion (lower {field}, or the number of tokens)"
+                f"most {MAX_LOGPROBS:,} are given of a request (lower {field}, or the number of tokens)"
             )
 
     def _check_length(self, name: str, token_ids: list[int], params: SamplingParams, longest: int) -> int:

@@ -25,6 +25,14 @@ def as_prompt_list(prompts: Any, name: str = "prompts") -> list[Any]:
     return list(prompts)
 
 
+def as_it_is(prompt: Any) -> Any:
+    """A copy of what a prompt may be, as far as its owner could go on to change it; whatever else it is, as it is."""
+    if isinstance(prompt, Mapping):
+        return {key: as_it_is(value) for key, value in prompt.items()}
+    prompt = _plain(prompt)
+    return list(prompt) if _is_list(prompt) else prompt
+
+
 def parse_prompt(name: str, prompt: Any) -> tuple[str | None, list[int] | None]:
     """Text and token ids of a prompt in any of its forms; ids are None where the text is to be tokenised.
 

@@ -61,7 +61,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_running = max_num_seqs  # lower than the number of slots once a step was too large for the device
         self._full_limits = max_num_batched_tokens, max_num_seqs
-        self.gathering = Gathering(policy or AdmissionPolicy())
+        self.policy = policy or AdmissionPolicy()
+        self._gathering = Gathering()
         self.waiting: deque[Sequence] = deque()  # by arrival; all are younger than any in ``running``
         self.running: list[Sequence] = []  # by arrival
         self.num_preemptions = 0
@@ -98,13 +99,13 @@ class Scheduler:
         rows: list[Sequence] = []
         budget = self.max_num_batched_tokens
         num_preempted = self.num_preemptions
-        if self.gathering.policy.mixed:
+        if self.policy.mixed:
             budget = self._continue(plan, rows, budget)
         else:
             budget = self._continue(plan, rows, budget, only_prefills=True)
         if self.num_preemptions == num_preempted and self._may_admit():
             self._admit(plan, rows, budget)
-        if not rows and not self.gathering.policy.mixed:
+        if not rows and not self.policy.mixed:
             self._continue(plan, rows, budget)
         if not rows:
             return None
@@ -194,7 +195,7 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._vacate(seq)
-            self.gathering.note_ended()
+            self._gathering.note_ended()
         elif seq in self.waiting:  # compared by identity
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
@@ -256,7 +257,7 @@ class Scheduler:
         self._released.clear()
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
         self._refused = None
-        self.gathering.end()
+        self._gathering.end()
         self.block_manager.release_everything()
 
     def check_integrity(self) -> None:
@@ -280,12 +281,17 @@ class Scheduler:
     def _may_admit(self) -> bool:
         """Whether it is time for waiting sequences to join."""
         if not self.waiting:
-            self.gathering.end()
+            self._gathering.end()
             return False
         if self._num_vacancies() <= 0:
-            self.gathering.begin()
+            self._gather()
             return False
-        return self.gathering.is_over(len(self.waiting), len(self.running))
+        return self._gathering.step_passes(self.policy, len(self.waiting), len(self.running))
+
+    def _gather(self) -> None:
+        """Slots or blocks have run out: let several sequences end before others are admitted."""
+        if self.policy.vacancies > 1:
+            self._gathering.begin()
 
     def _num_vacancies(self) -> int:
         return self.max_num_running - len(self.running)
@@ -302,7 +308,7 @@ class Scheduler:
             needed = manager.blocks_needed(seq.num_tokens) - len(matched) + headroom
             if self.running and needed > manager.num_allocatable_after(matched):
                 self._refused = (seq, len(matched))
-                self.gathering.begin()
+                self._gather()
                 return
             self.waiting.popleft()
             manager.take_prefix(seq, matched)
