@@ -255,7 +255,7 @@ class _Run:
         elif any(completion.finish_reason not in ("stop", "length") for completion in output.outputs):
             self._fail(row, "server_error", "the request was aborted")
         else:
-            self.output.append(answer_line(row, output, self.model))
+            self.output.append(answer_line(row, output, self.model, self.room))
             self.num_answered += 1
             self.num_cut_off += any(completion.finish_reason == "length" for completion in output.outputs)
             self.prompt_tokens += len(output.prompt_token_ids)
