@@ -255,7 +255,7 @@ class _Run:
         elif any(completion.finish_reason not in ("stop", "length") for completion in output.outputs):
             self._fail(row, "server_error", "the request was aborted")
         else:
-            self.output.append(answer_line(row, output, self.model))
+            self.output.append(answer_line(row, output, self.model, self.room))
             self.num_answered += 1
             self.num_cut_off += any(completion.finish_reason == "length" for completion in output.outputs)
             self.prompt_tokens += len(output.prompt_token_ids)
@@ -361,7 +361,7 @@ class _Output:
                 entry = json.loads(line)
                 row_hash, row_id, error = bytes.fromhex(entry["hash"]), entry["custom_id"], entry["error"]
                 length = entry.get("cut_off_at", 0)
-                if len(row_hash) != 16 or type(length) is not int or not line.startswith(_START):
+                if len(row_hash) != 16 or type(length) is not int or not line.startswith(_START) or length >> 63:
                     raise ValueError("not a line of ours")
             except (LookupError, RecursionError, TypeError, ValueError) as cause:
                 if line.endswith(b"\n") or not (line.startswith(_START) or _START.startswith(line)):

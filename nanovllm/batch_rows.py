@@ -215,14 +215,19 @@ def longest_sequence(llm: LLM) -> int:
     return min(engine.max_model_len, engine.scheduler.max_tokens_per_sequence())
 
 
-def cut_off_at(row: BatchRow, output: RequestOutput) -> int:
-    """Tokens, prompt included, at which the engine's room ended an answer; 0 if the row would be the same in more."""
-    most = row.params.max_tokens
+def cut_off_at(row: BatchRow, output: RequestOutput, room: int) -> int:
+    """Tokens, prompt included, at which the engine's ``room`` ended an answer, or began its prompt; else 0.
+
+    Of what is 0 the answer would be the same in more room.
+    """
+    most, num_prompt = row.params.max_tokens, len(output.prompt_token_ids)
     lengths = [
-        len(output.prompt_token_ids) + len(completion.token_ids)
+        num_prompt + len(completion.token_ids)
         for completion in output.outputs
         if completion.finish_reason == "length" and (most is None or len(completion.token_ids) < most)
     ]
+    if row.params.truncate_prompt_tokens == -1 and num_prompt + 1 >= room:  # more of the prompt may have been there
+        lengths.append(num_prompt + 1)
     return max(lengths, default=0)
 
 
@@ -261,10 +266,10 @@ def line_head(row: BatchRow) -> dict[str, Any]:
     return head | {"error": None}
 
 
-def answer_line(row: BatchRow, output: RequestOutput, model: str) -> dict[str, Any]:
-    """The line of a row that was answered."""
+def answer_line(row: BatchRow, output: RequestOutput, model: str, room: int) -> dict[str, Any]:
+    """The line of a row that was answered by an engine with ``room`` for so many tokens."""
     line = _answer(row, output, model)
-    return line | {"cut_off_at": length} if (length := cut_off_at(row, output)) else line
+    return line | {"cut_off_at": length} if (length := cut_off_at(row, output, room)) else line
 
 
 def _answer(row: BatchRow, output: RequestOutput, model: str) -> dict[str, Any]:

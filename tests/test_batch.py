@@ -452,6 +452,23 @@ def test_an_answer_goes_on_from_where_max_model_len_cut_it_off(files: Files) -> 
     assert len(texts[2][1]) > len(texts[0][1])
 
 
+def test_a_prompt_that_was_truncated_to_max_model_len_is_run_again_in_more_room(files: Files) -> None:
+    row = {"prompt": "count from 1 to 30:", "max_tokens": 1}
+    files.put({**row, "id": "fits", "truncate_prompt_tokens": -1}, {**row, "id": "three", "truncate_prompt_tokens": 3})
+    with LLM(DEMO_MODEL_PATH, device="cpu", max_num_seqs=2, dtype="float32") as llm:
+        files.run(llm, GREEDY)
+        want = files.by_id()["fits"]["usage"]["prompt_tokens"]
+    files.output.unlink()
+    rooms, answered = (want - 2, want - 2, want - 1, want - 3, want + 2, want + 9), []
+    for room in rooms:
+        with LLM(DEMO_MODEL_PATH, device="cpu", max_model_len=room, max_num_seqs=2, dtype="float32") as llm:
+            answered.append(files.run(llm, GREEDY).num_answered)
+    assert answered == [2, 0, 1, 0, 1, 0]
+    lines = [line for line in files.lines() if line["custom_id"] == "fits"]
+    assert [line.get("cut_off_at") for line in lines] == [want - 2, want - 1, None]
+    assert lines[-1]["usage"]["prompt_tokens"] == want
+
+
 def test_the_fingerprint_follows_the_content_of_a_checkpoint(tmp_path: Path) -> None:
     copy = shutil.copytree(DEMO_MODEL_PATH, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     original = checkpoint_fingerprint(DEMO_MODEL_PATH)

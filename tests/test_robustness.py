@@ -24,6 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine import llm_engine, turns
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
@@ -641,6 +642,24 @@ def test_an_llm_that_is_let_go_gives_its_memory_back_at_once(tiny_checkpoint: Pa
     assert alive == []
     if sys.platform == "linux":  # elsewhere the allocator may keep what was freed
         assert resident().rss < before - 0.9 * size
+
+
+def test_a_stream_that_is_garbage_together_with_its_llm_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python finalizes the parts of a circle in any order: a request's text may be closed before its generator."""
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: unraisable.append(error.exc_value))
+    llm: Any = LLM(DEMO_MODEL_PATH, device="cpu", max_num_seqs=4, num_kvcache_blocks=20, max_model_len=64)
+    stream = llm.stream(["count from 1 to 20"] * 3, SamplingParams(temperature=0, max_tokens=20))
+    next(stream)
+    for request in llm.engine._requests.values():
+        for detokenizer in request._detokenizers.values():
+            detokenizer._stream.close()
+    llm.itself = llm, stream
+    engine = weakref.ref(llm.engine)
+    del llm, stream, request, detokenizer
+    gc.collect()
+    assert engine() is None
+    assert unraisable == []
 
 
 def test_closing_twice_is_harmless_and_a_closed_llm_says_so(tiny_checkpoint: Path) -> None:

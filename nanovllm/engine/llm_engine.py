@@ -296,7 +296,11 @@ class LLMEngine:
             self._aborting.extend(self._requests_of(owner))
         elif not self.turns.is_closed:
             with self.turns.wait(), self.turns.lock, self.turns.change():
-                self._abort(self._requests_of(owner))
+                # Nothing is made of what they have: should we be garbage together, parts of it are finalized already.
+                requests = [self._requests[request_id] for request_id in self._requests_of(owner)]
+                self._end_all(requests)
+                for request in requests:
+                    self._forget(request)
 
     def reset(self) -> None:
         """Drop all requests, and outputs that :meth:`step` has not given yet. The prefix cache stays."""
@@ -429,23 +433,32 @@ class LLMEngine:
     def _finish(self, request: Request) -> RequestOutput:
         """What an ended request gives back; the engine forgets it."""
         output = request.output()
+        self._forget(request)
+        return output
+
+    def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         self.counters.count_request(request.sequences)
         if not self._requests:  # stops are seen late: what is still in flight is for nobody
             self._in_flight.clear()
             self.scheduler.forget_surplus()
-        return output
+
+    def _end_all(self, requests: list[Request]) -> list[list[Sequence]]:
+        """Abort what of requests has not ended; returns those sequences of each."""
+        ending = [[seq for seq in request.sequences if not seq.finished] for request in requests]
+        self.scheduler.finish_all([seq for sequences in ending for seq in sequences], "abort")
+        now = time.perf_counter()
+        for sequences in ending:
+            for seq in sequences:
+                seq.metrics.finished_time = now
+        return ending
 
     def _abort(self, request_ids: Iterable[str], deferred: bool = False) -> list[RequestOutput]:
         """End requests; what they have goes to their owners, or, ``deferred``, to the next :meth:`step`."""
         request_ids = dict.fromkeys(request_ids)
         requests = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
-        ending = [[seq for seq in request.sequences if not seq.finished] for request in requests]
-        self.scheduler.finish_all([seq for sequences in ending for seq in sequences], "abort")
-        now, outputs = time.perf_counter(), []
-        for request, sequences in zip(requests, ending, strict=True):
-            for seq in sequences:
-                seq.metrics.finished_time = now
+        outputs = []
+        for request, sequences in zip(requests, self._end_all(requests), strict=True):
             output = self._finish(request)
             outputs.append(output)
             owner = request.owner
