@@ -224,6 +224,40 @@ def test_the_tokenizer_is_of_the_models_revision_unless_told(remote: FakeHub, ca
         EngineConfig.from_arguments(NAME, tokenizer_revision="v9")
 
 
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_a_token_is_sent_with_every_request_and_not_kept(
+    remote: FakeHub, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {"model": (NAME, None), "tokenizer": (DEMO_MODEL_PATH, NAME)}[kind]
+    with caplog.at_level(logging.DEBUG, "nanovllm"):
+        config = EngineConfig.from_arguments(names[0], tokenizer=names[1], hf_token=" hf_secret\n")
+    assert len(remote.tokens) > 3
+    assert set(remote.tokens) == {"Bearer hf_secret"}
+    assert "hf_secret" not in repr(config) + caplog.text
+
+
+def test_the_token_of_the_machine(remote: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "nowhere")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(HubError, match="hf_token is True for Somebody/Demo-2M, and there is no token here; log in"):
+        find_checkpoint(NAME, token=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    find_checkpoint(NAME, token=False)
+    assert set(remote.tokens) == {None}
+    find_checkpoint(NAME, "main", Path("another"), token=True)
+    assert remote.tokens[-1] == "Bearer hf_mine"
+
+
+def test_what_is_no_token_is_not_shown(remote: FakeHub) -> None:
+    for token in ("", "hf_secret\nhf_more", "hf_s\u00e9cret"):
+        with pytest.raises(ValueError, match=r"^hf_token is empty, or has characters that no token has; copy it"):
+            LLM(NAME, hf_token=token)
+    with pytest.raises(TypeError, match=r"^hf_token is a bytes; it must be a token's text, True, False or None$"):
+        LLM(NAME, hf_token=b"hf_secret")  # type: ignore[arg-type]
+    assert remote.tokens == []
+
+
 def test_mistakes_are_told_before_anything_comes(remote: FakeHub) -> None:
     with pytest.raises(ValueError, match="max_num_seqs is 0"):
         LLM(NAME, max_num_seqs=0)

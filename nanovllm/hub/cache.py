@@ -41,6 +41,7 @@ def find_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
     kind: str = "model",
+    token: bool | str | None = None,
 ) -> str:
     """The directory of a checkpoint that is given by its path, or by its name on the hub.
 
@@ -53,6 +54,8 @@ def find_checkpoint(
         revision: A branch, tag or commit of the repository; the main branch by default.
         cache_dir: The cache; by default Hugging Face's.
         kind: What is needed of it, "model" (its weights, and all that belongs to it) or "tokenizer".
+        token: To download with: a text, True for this machine's, False for none; by default this machine's if it has
+            one.
 
     Returns:
         The directory.
@@ -76,7 +79,7 @@ def find_checkpoint(
     from huggingface_hub import constants
 
     cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser()
-    entry = _Entry(name, revision, cache / f"models--{name.replace('/', '--')}", kind)
+    entry = _Entry(name, revision, cache / f"models--{name.replace('/', '--')}", kind, token)
     snapshot = entry.snapshot()
     lacks = entry.lacks(snapshot)
     if snapshot is not None and not lacks:
@@ -110,8 +113,9 @@ def find_checkpoint(
 class _Entry:
     """What a cache has, or is to have, of a repository."""
 
-    def __init__(self, name: str, revision: str | None, folder: Path, kind: str) -> None:
+    def __init__(self, name: str, revision: str | None, folder: Path, kind: str, token: bool | str | None) -> None:
         self.name, self.revision, self.folder, self.kind = name, revision, folder, kind
+        self._token = token
         self._ref = folder.joinpath("refs", *(revision or "main").split("/"))
 
     def snapshot(self) -> Path | None:
@@ -142,7 +146,7 @@ class _Entry:
 
     def download(self) -> Path:
         """Fetch what is not there yet; nobody else does so meanwhile. Returns the snapshot's folder."""
-        remote = Repository(self.name, self.revision)
+        remote = Repository(self.name, self.revision, self._token)
         snapshot = self.folder / "snapshots" / remote.commit
         # Small ones first: they tell whether the large ones are of use, and which they are.
         unneeded = {INDEX_FILE} if self.kind == "tokenizer" else set()
