@@ -1,5 +1,6 @@
 """LLM("OWNER/NAME"): taken from the Hugging Face cache, or downloaded into it, and what is said when neither goes."""
 
+import errno
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -129,6 +131,30 @@ def test_what_others_have_left_out_is_completed(remote: FakeHub, cache: Path) ->
     (snapshot / "generation_config.json").unlink()  # its sampling parameters would silently be others
     assert find_checkpoint(NAME) == str(snapshot)
     assert remote.sent == [("generation_config.json", 0)]
+
+
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_a_chat_template_in_a_file_of_its_own_is_completed(remote: FakeHub, cache: Path, kind: str) -> None:
+    snapshot = put(cache)
+    config = snapshot / "tokenizer_config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    template = values.pop("chat_template")
+    for folder in (snapshot, remote.repositories[NAME]):
+        (folder / config.name).write_text(json.dumps(values), encoding="utf-8")
+    (remote.repositories[NAME] / "chat_template.jinja").write_text(template, encoding="utf-8")
+    assert find_checkpoint(NAME, kind=kind) == str(snapshot)
+    assert remote.sent == [("chat_template.jinja", 0)]
+    assert AutoTokenizer.from_pretrained(snapshot).chat_template == template
+
+
+def test_a_model_without_a_chat_template_is_asked_for_it_once(remote: FakeHub, cache: Path) -> None:
+    snapshot = put(cache)
+    for folder in (snapshot, remote.repositories[NAME]):
+        (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    assert find_checkpoint(NAME) == str(snapshot)
+    remote.status = 500
+    assert find_checkpoint(NAME) == find_checkpoint(NAME, kind="tokenizer") == str(snapshot)
+    assert remote.sent == []
 
 
 def test_a_damaged_file_is_replaced(remote: FakeHub, cache: Path) -> None:
@@ -355,6 +381,29 @@ def test_without_a_network_the_cause_is_told(cache: Path) -> None:
 def test_a_cache_that_cannot_be_written_to_is_named(remote: FakeHub, cache: Path) -> None:
     cache.touch()
     with pytest.raises(OSError, match=r"Demo-2M cannot be downloaded into the cache .*; name another with HF_HOME"):
+        find_checkpoint(NAME)
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_of_a_cache_that_cannot_be_written_to_what_suffices_is_used(
+    remote: FakeHub, cache: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that many read and few may write; as root, and on Windows, permissions would not do."""
+    snapshot = put(cache)
+    (snapshot / "generation_config.json").unlink()
+    as_ever: Any = getattr(Path, call)
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if cache in path.parents and (call == "mkdir" or "a" in args):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return as_ever(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, call, refuse)
+    with caplog.at_level(logging.WARNING, "nanovllm"):
+        assert find_checkpoint(NAME) == str(snapshot)
+    assert "lacks generation_config.json and is used as it is: [Errno" in caplog.text
+    (snapshot / "config.json").unlink()
+    with pytest.raises(OSError, match=r"into the cache .* \(Read-only file system\); name another with HF_HOME"):
         find_checkpoint(NAME)
 
 
