@@ -1,6 +1,8 @@
 """LLM("OWNER/NAME"): taken from the Hugging Face cache, or downloaded into it, and what is said when neither goes."""
 
+import argparse
 import errno
+import io
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from nanovllm import LLM
-from nanovllm.benchmarks import bench
 from nanovllm.cli import main
+from nanovllm.cli.main import COMMANDS
 from nanovllm.config import EngineConfig
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.hub import HubError, contents, find_checkpoint
@@ -304,12 +307,46 @@ def test_other_ranks_get_a_directory(cached: Path) -> None:
     assert config.model == str(cached)
 
 
-def test_commands_take_names(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "hello", "--model", NAME, "--device", "cpu", "--max-tokens", "2"]) == 0
-    assert f"; {NAME} on cpu" in capsys.readouterr().err
-    assert main(["inspect", "--model", NAME, "--tokenizer", NAME, "--revision", COMMIT, "--section", "config"]) == 0
-    args = bench.build_parser().parse_args(["--model", NAME])
-    assert bench.chosen_model(args) == (NAME, cached)
+# Something small for each command that loads a model.
+COMMAND_ARGUMENTS = {
+    "generate": ["hello", "--max-tokens", "2", "--tokenizer", NAME],
+    "chat": ["--max-tokens", "2", "--tokenizer", NAME],
+    "batch": ["in.jsonl", "out.jsonl", "--max-tokens", "2", "--tokenizer", NAME],
+    "inspect": ["--section", "config", "--tokenizer", NAME],
+    "compare": ["--token-ids", "1,2", "--max-tokens", "1", "--tokenizer", NAME],
+    "trace": ["hello", "--max-tokens", "2", "--json", "--tokenizer", NAME],
+    "profile": ["--batch-size", "1", "--prompt-len", "2", "--output-len", "2", "--rounds", "1", "--tokenizer", NAME],
+    "bench": ["--workload", "1:2-2:2-2"],
+}
+
+
+def test_all_commands_that_load_a_model_are_tried_with_a_name() -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    for name in COMMANDS:
+        import_module(f"nanovllm.cli.{name}").add_parser(commands)
+    parsers = commands.choices.items()
+    assert [name for name, parser in parsers if "--model" in parser._option_string_actions] == list(COMMAND_ARGUMENTS)
+
+
+@pytest.mark.parametrize("command", COMMAND_ARGUMENTS)
+def test_commands_take_names(
+    cached: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    Path("in.jsonl").write_text('{"prompt": "hello"}\n', encoding="utf-8")
+    given = [command, "--model", NAME, "--device", "cpu", *COMMAND_ARGUMENTS[command]]
+    assert main([*given, *(["--revision", COMMIT] if command != "bench" else [])]) == 0
+    if command in ("generate", "bench"):
+        assert NAME in "".join(capsys.readouterr())
+    if command != "bench":
+        assert main([*given, "--revision", "v9"]) == 2
+        assert "here and, revision 'v9', not wholly in the cache" in capsys.readouterr().err
+
+
+def test_settings_to_compare_take_names(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["compare", "--max-tokens", "1", "--settings", f"model={NAME}", "--against", f"tokenizer={NAME}"]
+    assert main([*given, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("equal within tolerance")
 
 
 def test_a_snapshot_is_called_as_its_repository(cached: Path) -> None:
