@@ -3,16 +3,8 @@
 import argparse
 from typing import Any
 
-from nanovllm.cli.options import (
-    add_command,
-    add_json_option,
-    add_model_options,
-    json_alone,
-    model_arguments,
-    print_json,
-    read_text,
-)
-from nanovllm.utils.options import add_device_option
+from nanovllm.cli.options import add_command, add_model_options, model_arguments, read_text
+from nanovllm.utils.options import add_device_option, add_json_option, json_alone, print_json
 
 # A comparison needs room for one prompt, not for all of a machine's memory.
 DEFAULT_MAX_NUM_SEQS = 4
