@@ -278,6 +278,15 @@ def test_the_token_of_the_machine(remote: FakeHub, monkeypatch: pytest.MonkeyPat
     assert remote.tokens[-1] == "Bearer hf_mine"
 
 
+def test_a_token_that_the_hub_does_not_accept_is_told(remote: FakeHub) -> None:
+    remote.status = 401
+    with pytest.raises(
+        HubError, match=r"does not accept the token .* for Somebody/Demo-2M with; give a valid"
+    ) as caught:
+        LLM(NAME, hf_token="hf_secret")
+    assert "hf_secret" not in str(caught.value)
+
+
 def test_what_is_no_token_is_not_shown(remote: FakeHub) -> None:
     for token in ("", "hf_secret\nhf_more", "hf_s\u00e9cret"):
         with pytest.raises(ValueError, match=r"^hf_token is empty, or has characters that no token has; copy it"):

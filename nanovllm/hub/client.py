@@ -143,6 +143,11 @@ class Repository:
                 "has it"
             )
         response = getattr(error, "response", None)
+        if response is not None and response.status_code == 401:
+            return HubError(
+                f"{self.endpoint} does not accept the token that it was asked for {name} with; give a valid one with "
+                "hf_token or HF_TOKEN, or log in with 'hf auth login'"
+            )
         if response is not None:
             return HubError(
                 f"{self.endpoint} answered {name} with HTTP status {response.status_code}; try again later "
