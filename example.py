@@ -20,7 +20,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help=f"default: {' / '.join(PROMPTS)}")
-    add("--model", metavar="PATH", default=DEMO_MODEL_PATH, help="default: the demo checkpoint")
+    model_help = "checkpoint directory, or OWNER/NAME on the Hugging Face hub (default: the demo checkpoint)"
+    add("--model", metavar="PATH", default=DEMO_MODEL_PATH, help=model_help)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="processes that share the model")

@@ -39,7 +39,8 @@ def questions(given: list[str]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("turns", nargs="*", metavar="TURN", help="what the user says; typed if there is none")
-    parser.add_argument("--model", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
+    model_help = "checkpoint directory, or OWNER/NAME on the Hugging Face hub (default: the demo checkpoint)"
+    parser.add_argument("--model", default=DEMO_MODEL_PATH, help=model_help)
     parser.add_argument("--thinking", action="store_true", help="let the model think before it answers")
     args = parser.parse_args(argv)
 

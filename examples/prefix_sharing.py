@@ -38,7 +38,8 @@ def run(model: str, conversations: list[list[dict[str, str]]], *, caching: bool)
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
+    model_help = "checkpoint directory, or OWNER/NAME on the Hugging Face hub (default: the demo checkpoint)"
+    parser.add_argument("--model", default=DEMO_MODEL_PATH, help=model_help)
     parser.add_argument("--questions", type=int, default=48, metavar="N", help="conversations (default: 48)")
     args = parser.parse_args(argv)
     shared = beginning()

@@ -18,7 +18,8 @@ def ask(question: str) -> list[dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
+    model_help = "checkpoint directory, or OWNER/NAME on the Hugging Face hub (default: the demo checkpoint)"
+    parser.add_argument("--model", default=DEMO_MODEL_PATH, help=model_help)
     args = parser.parse_args(argv)
     params = SamplingParams(temperature=0, max_tokens=200)
     options = {"enable_thinking": False}

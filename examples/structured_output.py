@@ -68,7 +68,8 @@ class FollowSchema:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
+    model_help = "checkpoint directory, or OWNER/NAME on the Hugging Face hub (default: the demo checkpoint)"
+    parser.add_argument("--model", default=DEMO_MODEL_PATH, help=model_help)
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(default: 0)")
     args = parser.parse_args(argv)
     if LLMatcher is None:

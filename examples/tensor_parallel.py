@@ -34,7 +34,8 @@ def answers(model: str, ranks: int) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO_MODEL_PATH, help="checkpoint directory (default: the demo checkpoint)")
+    model_help = "checkpoint directory, or OWNER/NAME on the Hugging Face hub (default: the demo checkpoint)"
+    parser.add_argument("--model", default=DEMO_MODEL_PATH, help=model_help)
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="must divide the heads (default: 2)")
     args = parser.parse_args(argv)
     alone, together = answers(args.model, 1), answers(args.model, args.ranks)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.utils.text import kind_of
 from nanovllm.utils.validation import check_bool, check_device, check_int, check_number, unknown_argument
 from nanovllm.utils.vllm_arguments import ELSEWHERE, check_elsewhere
 
@@ -120,6 +122,7 @@ class EngineConfig:
         revision: str | None = None,
         tokenizer_revision: str | None = None,
         download_dir: str | os.PathLike[str] | None = None,
+        hf_token: bool | str | None = None,
         **arguments: Any,
     ) -> "EngineConfig":
         """Build the configuration from keyword arguments; a checkpoint that is named is found, or downloaded, last.
@@ -129,7 +132,7 @@ class EngineConfig:
             ValueError: As the class does.
             OSError: As :func:`nanovllm.hub.find_checkpoint` does.
         """
-        places = {"revision", "tokenizer_revision", "download_dir"}
+        places = {"revision", "tokenizer_revision", "download_dir", "hf_token"}
         known = {f.name for f in dataclasses.fields(cls)} - {"model"} | places
         for name in [name for name in arguments if name in ELSEWHERE]:
             check_elsewhere(name, arguments.pop(name))
@@ -147,6 +150,7 @@ class EngineConfig:
         for name, value in (("revision", revision), ("tokenizer_revision", tokenizer_revision)):
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a branch, tag or commit")
+        token = _checked_token(hf_token)
         arguments["dtype"] = _dtype_name(arguments.get("dtype", "auto"))
         if arguments.get("hf_overrides", {}) is None:
             arguments["hf_overrides"] = {}
@@ -154,14 +158,25 @@ class EngineConfig:
 
         from nanovllm.hub import find_checkpoint
 
-        found = find_checkpoint(model, revision, download_dir)
+        found = find_checkpoint(model, revision, download_dir, token=token)
         if tokenizer is None and tokenizer_revision not in (None, revision):
             tokenizer = model
         elif tokenizer is not None and tokenizer == model and tokenizer_revision is None:
             tokenizer_revision = revision
         if tokenizer is not None:
-            tokenizer = find_checkpoint(tokenizer, tokenizer_revision, download_dir, kind="tokenizer")
+            tokenizer = find_checkpoint(tokenizer, tokenizer_revision, download_dir, kind="tokenizer", token=token)
         return cls(model=found, tokenizer=tokenizer, **arguments)
+
+
+def _checked_token(token: Any) -> bool | str | None:
+    """A token that a header can hold. No message shows it: those of the HTTP libraries would."""
+    if token is None or isinstance(token, bool):
+        return token
+    if not isinstance(token, str):
+        raise TypeError(f"hf_token is {kind_of(token)}; it must be a token's text, True, False or None")
+    if not re.fullmatch(r"[!-~]+", token.strip()):
+        raise ValueError("hf_token is empty, or has characters that no token has; copy it from the hub's settings")
+    return token.strip()
 
 
 def _dtype_name(dtype: Any) -> Any:

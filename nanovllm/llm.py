@@ -38,6 +38,8 @@ class LLM:
         revision: Branch, tag or commit of a model that is named; the main branch by default.
         tokenizer_revision: The same, of the tokenizer.
         download_dir: Instead of the Hugging Face cache.
+        hf_token: The token to download with: a text, True for the one that this machine is logged in with, or that of
+            ``HF_TOKEN``, False for none; by default the machine's if it has one. It is not kept.
         skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
         dtype: Of weights, activations and KV cache: auto, bfloat16, float16, float32, or torch's dtypes. auto is the
             checkpoint's, but for bfloat16 float16 on MPS before macOS 14, and float32 on a CPU that multiplies bfloat16
@@ -81,6 +83,7 @@ class LLM:
         revision: str | None = None,
         tokenizer_revision: str | None = None,
         download_dir: str | os.PathLike[str] | None = None,
+        hf_token: bool | str | None = None,
         skip_tokenizer_init: bool = False,
         dtype: str = "auto",
         device: str = "auto",
@@ -109,6 +112,7 @@ class LLM:
             revision=revision,
             tokenizer_revision=tokenizer_revision,
             download_dir=download_dir,
+            hf_token=hf_token,
             skip_tokenizer_init=skip_tokenizer_init,
             dtype=dtype,
             device=device,

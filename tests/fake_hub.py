@@ -22,6 +22,7 @@ class FakeHub:
         status: An HTTP status that everything is answered with.
         cut: Bytes after which a file's connection is closed, by name; once each.
         sent: (name, first byte) of each download.
+        tokens: What each request had for authorization.
         url: Where it listens.
     """
 
@@ -31,6 +32,7 @@ class FakeHub:
         self.status: int | None = None
         self.cut: dict[str, int] = {}
         self.sent: list[tuple[str, int]] = []
+        self.tokens: list[str | None] = []
         self.url = ""
 
 
@@ -59,6 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        self.hub.tokens.append(self.headers["Authorization"])
         path = unquote(urlsplit(self.path).path).strip("/")
         parts = path.removeprefix("api/models/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]

@@ -410,7 +410,7 @@ def test_a_cache_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--json", "x.json"], "unrecognized arguments: x.json"),
         (["--compare", "hf", "--peers", "x", "--quantization", "int8"], "(use nanovllm-int8) exclude each other"),
-        (["--shuffle"], "unrecognized arguments: --shuffle"),
+        (["--shuffle"], "unrecognized arguments: --shuffle (see"),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -603,6 +603,17 @@ def test_json_is_printed_alone(
     assert "run" not in report["options"]
     assert "2 output tokens" in printed.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("message", ["a step does not fit", ""])
+def test_too_little_memory_is_one_line(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str
+) -> None:
+    def fail(args: object) -> None:
+        raise MemoryError(message)
+
+    monkeypatch.setattr(bench, "benchmark", fail)
+    assert f": error: {message or 'there is not enough memory'}\n" in error_line(bench, capsys)
 
 
 def test_the_command_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,6 +206,12 @@ def test_a_repository_without_weights_is_named(remote: FakeHub, capsys: pytest.C
     assert f"{NAME} lacks {shards[1]}, which its model.safetensors.index.json names" in error_line(capsys, NAME)
 
 
+def test_what_is_no_checkpoint_leaves_no_folder(remote: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    (remote.repositories[NAME] / "config.json").unlink()
+    assert f"{NAME} is no checkpoint that can be loaded: it has no config.json" in error_line(capsys, NAME)
+    assert not Path("Demo-2M").exists()
+
+
 def split_demo(remote: FakeHub) -> list[str]:
     shutil.copy(Path(DEMO_MODEL_PATH, "model.safetensors"), remote.repositories[NAME])
     return split(remote.repositories[NAME])

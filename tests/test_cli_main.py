@@ -12,6 +12,8 @@ from nanovllm.cli import main
 from nanovllm.cli.main import COMMANDS
 from nanovllm.cli.options import Parser
 from nanovllm.diagnostics import machine
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.step_handle import DeviceMemoryError
 from nanovllm.utils.text import counted, kind_of
 
 
@@ -64,6 +66,19 @@ def test_an_error_from_elsewhere_says_how_to_see_where(
     error = capsys.readouterr().err
     assert error.startswith("Traceback (most recent call last)")
     assert error.splitlines()[-1] == line
+
+
+@pytest.mark.parametrize("error", [DeviceMemoryError("it does not fit cuda:0 (lower max_num_seqs)"), MemoryError()])
+def test_too_little_memory_is_one_line(
+    error: MemoryError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ModelRunner, "execute", fail)
+    assert main(["generate", "hello", "--device", "cpu"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nanovllm: error: {str(error) or 'there is not enough memory'}")
 
 
 def test_json_is_the_same_flag_in_every_command_that_reports() -> None:

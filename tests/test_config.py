@@ -58,7 +58,12 @@ class TestDefaults:
     def test_llm_has_the_same_arguments_and_defaults(self, here: str) -> None:
         parameters = inspect.signature(LLM.__init__).parameters
         config = dataclasses.asdict(EngineConfig(model=here))
-        places = ("revision", "tokenizer_revision", "download_dir")  # of what the configuration has a directory of
+        places = (
+            "revision",
+            "tokenizer_revision",
+            "download_dir",
+            "hf_token",
+        )  # of what the configuration has a directory of
         assert [name for name in parameters if name not in places][1:-1] == list(config)
         assert all(parameters[name].default is None for name in places)
         for name, value in config.items():

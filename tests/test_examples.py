@@ -49,7 +49,9 @@ def test_each_says_how_to_run_it_and_is_listed(example: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as done:
         module.main(["--help"])
     assert done.value.code == 0
-    assert "--model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--model" in printed
+    assert "OWNER/NAME" in printed
     assert f"examples/{example.name}" in (ROOT / "docs" / "examples.md").read_text("utf-8")
     assert f"[{example.stem}](examples/{example.name})" in (ROOT / "README.md").read_text("utf-8")
 

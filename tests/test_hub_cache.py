@@ -1,5 +1,8 @@
 """LLM("OWNER/NAME"): taken from the Hugging Face cache, or downloaded into it, and what is said when neither goes."""
 
+import argparse
+import errno
+import io
 import json
 import logging
 import os
@@ -9,7 +12,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -17,8 +22,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from nanovllm import LLM
-from nanovllm.benchmarks import bench
 from nanovllm.cli import main
+from nanovllm.cli.main import COMMANDS
 from nanovllm.config import EngineConfig
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.hub import HubError, contents, find_checkpoint
@@ -131,6 +136,30 @@ def test_what_others_have_left_out_is_completed(remote: FakeHub, cache: Path) ->
     assert remote.sent == [("generation_config.json", 0)]
 
 
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_a_chat_template_in_a_file_of_its_own_is_completed(remote: FakeHub, cache: Path, kind: str) -> None:
+    snapshot = put(cache)
+    config = snapshot / "tokenizer_config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    template = values.pop("chat_template")
+    for folder in (snapshot, remote.repositories[NAME]):
+        (folder / config.name).write_text(json.dumps(values), encoding="utf-8")
+    (remote.repositories[NAME] / "chat_template.jinja").write_text(template, encoding="utf-8")
+    assert find_checkpoint(NAME, kind=kind) == str(snapshot)
+    assert remote.sent == [("chat_template.jinja", 0)]
+    assert AutoTokenizer.from_pretrained(snapshot).chat_template == template
+
+
+def test_a_model_without_a_chat_template_is_asked_for_it_once(remote: FakeHub, cache: Path) -> None:
+    snapshot = put(cache)
+    for folder in (snapshot, remote.repositories[NAME]):
+        (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    assert find_checkpoint(NAME) == str(snapshot)
+    remote.status = 500
+    assert find_checkpoint(NAME) == find_checkpoint(NAME, kind="tokenizer") == str(snapshot)
+    assert remote.sent == []
+
+
 def test_a_damaged_file_is_replaced(remote: FakeHub, cache: Path) -> None:
     snapshot = put(cache)
     os.truncate(snapshot / "model.safetensors", 100_000)
@@ -224,6 +253,49 @@ def test_the_tokenizer_is_of_the_models_revision_unless_told(remote: FakeHub, ca
         EngineConfig.from_arguments(NAME, tokenizer_revision="v9")
 
 
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_a_token_is_sent_with_every_request_and_not_kept(
+    remote: FakeHub, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {"model": (NAME, None), "tokenizer": (DEMO_MODEL_PATH, NAME)}[kind]
+    with caplog.at_level(logging.DEBUG, "nanovllm"):
+        config = EngineConfig.from_arguments(names[0], tokenizer=names[1], hf_token=" hf_secret\n")
+    assert len(remote.tokens) > 3
+    assert set(remote.tokens) == {"Bearer hf_secret"}
+    assert "hf_secret" not in repr(config) + caplog.text
+
+
+def test_the_token_of_the_machine(remote: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "nowhere")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(HubError, match="hf_token is True for Somebody/Demo-2M, and there is no token here; log in"):
+        find_checkpoint(NAME, token=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    find_checkpoint(NAME, token=False)
+    assert set(remote.tokens) == {None}
+    find_checkpoint(NAME, "main", Path("another"), token=True)
+    assert remote.tokens[-1] == "Bearer hf_mine"
+
+
+def test_a_token_that_the_hub_does_not_accept_is_told(remote: FakeHub) -> None:
+    remote.status = 401
+    with pytest.raises(
+        HubError, match=r"does not accept the token .* for Somebody/Demo-2M with; give a valid"
+    ) as caught:
+        LLM(NAME, hf_token="hf_secret")
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_what_is_no_token_is_not_shown(remote: FakeHub) -> None:
+    for token in ("", "hf_secret\nhf_more", "hf_s\u00e9cret"):
+        with pytest.raises(ValueError, match=r"^hf_token is empty, or has characters that no token has; copy it"):
+            LLM(NAME, hf_token=token)
+    with pytest.raises(TypeError, match=r"^hf_token is a bytes; it must be a token's text, True, False or None$"):
+        LLM(NAME, hf_token=b"hf_secret")  # type: ignore[arg-type]
+    assert remote.tokens == []
+
+
 def test_mistakes_are_told_before_anything_comes(remote: FakeHub) -> None:
     with pytest.raises(ValueError, match="max_num_seqs is 0"):
         LLM(NAME, max_num_seqs=0)
@@ -244,12 +316,46 @@ def test_other_ranks_get_a_directory(cached: Path) -> None:
     assert config.model == str(cached)
 
 
-def test_commands_take_names(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "hello", "--model", NAME, "--device", "cpu", "--max-tokens", "2"]) == 0
-    assert f"; {NAME} on cpu" in capsys.readouterr().err
-    assert main(["inspect", "--model", NAME, "--tokenizer", NAME, "--revision", COMMIT, "--section", "config"]) == 0
-    args = bench.build_parser().parse_args(["--model", NAME])
-    assert bench.chosen_model(args) == (NAME, cached)
+# Something small for each command that loads a model.
+COMMAND_ARGUMENTS = {
+    "generate": ["hello", "--max-tokens", "2", "--tokenizer", NAME],
+    "chat": ["--max-tokens", "2", "--tokenizer", NAME],
+    "batch": ["in.jsonl", "out.jsonl", "--max-tokens", "2", "--tokenizer", NAME],
+    "inspect": ["--section", "config", "--tokenizer", NAME],
+    "compare": ["--token-ids", "1,2", "--max-tokens", "1", "--tokenizer", NAME],
+    "trace": ["hello", "--max-tokens", "2", "--json", "--tokenizer", NAME],
+    "profile": ["--batch-size", "1", "--prompt-len", "2", "--output-len", "2", "--rounds", "1", "--tokenizer", NAME],
+    "bench": ["--workload", "1:2-2:2-2"],
+}
+
+
+def test_all_commands_that_load_a_model_are_tried_with_a_name() -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    for name in COMMANDS:
+        import_module(f"nanovllm.cli.{name}").add_parser(commands)
+    parsers = commands.choices.items()
+    assert [name for name, parser in parsers if "--model" in parser._option_string_actions] == list(COMMAND_ARGUMENTS)
+
+
+@pytest.mark.parametrize("command", COMMAND_ARGUMENTS)
+def test_commands_take_names(
+    cached: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    Path("in.jsonl").write_text('{"prompt": "hello"}\n', encoding="utf-8")
+    given = [command, "--model", NAME, "--device", "cpu", *COMMAND_ARGUMENTS[command]]
+    assert main([*given, *(["--revision", COMMIT] if command != "bench" else [])]) == 0
+    if command in ("generate", "bench"):
+        assert NAME in "".join(capsys.readouterr())
+    if command != "bench":
+        assert main([*given, "--revision", "v9"]) == 2
+        assert "here and, revision 'v9', not wholly in the cache" in capsys.readouterr().err
+
+
+def test_settings_to_compare_take_names(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["compare", "--max-tokens", "1", "--settings", f"model={NAME}", "--against", f"tokenizer={NAME}"]
+    assert main([*given, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("equal within tolerance")
 
 
 def test_a_snapshot_is_called_as_its_repository(cached: Path) -> None:
@@ -321,6 +427,29 @@ def test_without_a_network_the_cause_is_told(cache: Path) -> None:
 def test_a_cache_that_cannot_be_written_to_is_named(remote: FakeHub, cache: Path) -> None:
     cache.touch()
     with pytest.raises(OSError, match=r"Demo-2M cannot be downloaded into the cache .*; name another with HF_HOME"):
+        find_checkpoint(NAME)
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_of_a_cache_that_cannot_be_written_to_what_suffices_is_used(
+    remote: FakeHub, cache: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that many read and few may write; as root, and on Windows, permissions would not do."""
+    snapshot = put(cache)
+    (snapshot / "generation_config.json").unlink()
+    as_ever: Any = getattr(Path, call)
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if cache in path.parents and (call == "mkdir" or "a" in args):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return as_ever(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, call, refuse)
+    with caplog.at_level(logging.WARNING, "nanovllm"):
+        assert find_checkpoint(NAME) == str(snapshot)
+    assert "lacks generation_config.json and is used as it is: [Errno" in caplog.text
+    (snapshot / "config.json").unlink()
+    with pytest.raises(OSError, match=r"into the cache .* \(Read-only file system\); name another with HF_HOME"):
         find_checkpoint(NAME)
 
 

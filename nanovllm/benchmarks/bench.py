@@ -7,11 +7,11 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -26,6 +26,7 @@ from nanovllm.hub import find_checkpoint
 from nanovllm.kernels import DISABLE_VARIABLE
 from nanovllm.utils.environment import hardware, versions
 from nanovllm.utils.memory import peak_cpu_memory
+from nanovllm.utils.options import OneLineParser, json_alone, print_json
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint
 from nanovllm.utils.random_requests import Requests, Workload
 from nanovllm.utils.text import counted
@@ -118,13 +119,6 @@ def print_totals(report: dict[str, Any]) -> None:
         blocks = f"{kv['peak_kvcache_blocks_used']} of {kv['num_kvcache_blocks']}"
         print(f"KV blocks in use at the peak: {blocks}, of {kv['kvcache_block_size']} tokens each")
     print(f"peak memory of the process: {gib(report['peak_process_memory_bytes'])}")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is a page long."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -245,10 +239,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: What was asked for cannot be done; the message says why.
         OSError: A file cannot be read or written.
     """
-    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+    with json_alone(args):
         report = benchmark(args)
     if args.json:
-        print(json.dumps(report, indent=2, default=str))
+        print_json(report)
     return 1 if failures(report) else 0
 
 
@@ -263,8 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return run(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split()) or 'there is not enough memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

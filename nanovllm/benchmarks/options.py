@@ -7,7 +7,7 @@ from pathlib import Path
 from nanovllm.benchmarks.compare import COMPARED_SHAPE, compared_names
 from nanovllm.benchmarks.engine_options import INTEGER_OPTIONS
 from nanovllm.benchmarks.workloads import PRESETS
-from nanovllm.utils.options import add_device_option, told
+from nanovllm.utils.options import add_device_option, add_json_option, told
 from nanovllm.utils.random_requests import Workload, length_range, whole_number
 from nanovllm.utils.random_shapes import SHAPES, default_cache
 
@@ -67,7 +67,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     add_device_option(group)
 
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     engine_help = (
         "nanovllm (the default), hf (transformers), hf-cb (its continuous batching), one-rank (nanovllm on the threads "
         "that a rank of --tensor-parallel-size has); of several, ratios"
@@ -75,8 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--engine", type=engine_names, default=["nanovllm"], metavar="NAME[,NAME]", help=engine_help)
     add("--separately", action="store_true", help="close each engine before the next is opened, instead of turns")
     add("--repeats", type=count, default=1, metavar="N", help="report medians (default: 1)")
-    json_help = "print all figures, versions and hardware as JSON, and nothing else, to stdout"
-    add("--json", action="store_true", help=json_help)
+    add_json_option(group, "all figures, versions and hardware")
     add("--hf-batch-size", type=count, metavar="N", help="(default: all of a workload's requests)")
 
     add = parser.add_argument_group("comparison", "with engines that tools/setup_peers.py has set up").add_argument

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from nanovllm.batch import BatchSummary
 
 
-NAMED_ROWS = 10  # of those that failed
-
-
 def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
@@ -86,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
 
 def failure(done: "BatchSummary", failed: int, output: str) -> str:
     """A line about the rows that failed, now or in earlier runs: how many, which, and where it is told why."""
-    ids = [*done.error_ids, *done.skipped_error_ids][:NAMED_ROWS]
+    from nanovllm.batch import NAMED_ERRORS
+
+    ids = [*done.error_ids, *done.skipped_error_ids][:NAMED_ERRORS]
     more = ", ..." if failed > len(ids) else ""
     first = "" if done.first_error is None else f"; the first: {' '.join(done.first_error.split())}"
     return (

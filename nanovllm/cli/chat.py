@@ -63,9 +63,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--think {args.think}: {refused}")
         metrics = llm.get_metrics()
         name = "the demo checkpoint" if args.model == DEMO_MODEL_PATH else args.model
-        dtype = str(metrics["dtype"]).removeprefix("torch.")
         if is_terminal:
-            print(f"{name} on {metrics['device']} in {dtype}; /help lists the commands", file=sys.stderr)
+            print(f"{name} on {metrics['device']} in {metrics['dtype']}; /help lists the commands", file=sys.stderr)
         chat.loop()
     return 0
 

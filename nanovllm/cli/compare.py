@@ -1,19 +1,10 @@
 """``nanovllm compare``: the engine against transformers, layer by layer, or against itself with other settings."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from nanovllm.cli.options import (
-    add_command,
-    add_json_option,
-    add_model_options,
-    json_alone,
-    model_arguments,
-    print_json,
-    read_text,
-)
-from nanovllm.utils.options import add_device_option
+from nanovllm.cli.options import add_command, add_model_options, model_arguments, read_text
+from nanovllm.utils.options import add_device_option, add_json_option, json_alone, print_json
 
 # A comparison needs room for one prompt, not for all of a machine's memory.
 DEFAULT_MAX_NUM_SEQS = 4
@@ -54,6 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nanovllm.config import EngineConfig
     from nanovllm.diagnostics.compare_prompt import has_tokenizer, prompt_ids
     from nanovllm.diagnostics.compare_settings import DISABLE, compare_settings, parse_settings
 
@@ -65,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
     text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
     arguments: dict[str, Any] = {"max_num_seqs": DEFAULT_MAX_NUM_SEQS, **model_arguments(args)}
-    shared = {**arguments, **settings}
-    if not Path(shared["model"]).is_dir():
-        raise ValueError(f"model is {shared['model']!r}, which is not a directory; give that of a checkpoint")
-    overrides = shared.get("hf_overrides")
-    token_ids = prompt_ids(shared["model"], shared.get("tokenizer"), text, args.token_ids, overrides)
-    arguments["skip_tokenizer_init"] = not has_tokenizer(shared.get("tokenizer") or shared["model"])
+    config = EngineConfig.from_arguments(**{k: v for k, v in {**arguments, **settings}.items() if k != DISABLE})
+    arguments.pop("revision", None)  # directories have none
+    for name in ("model", "tokenizer"):  # found once, for the prompt and all engines
+        (settings if name in settings else arguments)[name] = getattr(config, name)
+    token_ids = prompt_ids(config.model, config.tokenizer, text, args.token_ids, config.hf_overrides)
+    arguments["skip_tokenizer_init"] = not has_tokenizer(config.tokenizer or config.model)
 
     if against is not None:
         from nanovllm.diagnostics.compare_report import settings_json, settings_text

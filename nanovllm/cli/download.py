@@ -4,7 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from nanovllm.cli.options import add_command, add_json_option, print_json
+from nanovllm.cli.options import add_command
+from nanovllm.utils.options import add_json_option, print_json
 from nanovllm.utils.text import counted
 
 

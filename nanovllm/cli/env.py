@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from nanovllm.cli.options import add_command, add_json_option, print_json
+from nanovllm.cli.options import add_command
+from nanovllm.utils.options import add_json_option, print_json
 from nanovllm.utils.text import counted
 
 GIB = 2**30

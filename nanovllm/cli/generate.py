@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.cli.options import (
     add_chat_option,
     add_command,
-    add_json_option,
     add_model_options,
     add_sampling_options,
     chat_prompt,
     check_template_options,
     model_arguments,
-    print_json,
     sampling_arguments,
     sampling_params,
 )
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.options import add_json_option, print_json
 from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:
@@ -138,8 +137,8 @@ def _report(llm: "LLM", texts: list[str], outputs: "list[RequestOutput]", second
     waits = [one.first_token_time - one.arrival_time for one in times if one.first_token_time is not None]
     return {
         "model": llm.engine.config.model,
-        "device": str(metrics["device"]),
-        "dtype": str(metrics["dtype"]).removeprefix("torch."),
+        "device": metrics["device"],
+        "dtype": metrics["dtype"],
         "outputs": [
             {
                 "prompt": text,

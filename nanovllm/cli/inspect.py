@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nanovllm.cli.options import add_command, add_json_option, add_model_options, model_arguments, print_json
+from nanovllm.cli.options import add_command, add_model_options, model_arguments
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.utils.options import add_json_option, print_json
 
 
 def add_parser(commands: Any) -> None:

@@ -19,8 +19,9 @@ from nanovllm.errors import EngineDeadError
 from nanovllm.utils.logging import LEVEL_VARIABLE
 from nanovllm.version import __version__
 
-# What mistakes of the caller's raise. A TypeError may be one, too: where a raise statement of ours made it.
-MISTAKES = (ValueError, OSError, EngineDeadError)
+# What mistakes of the caller's raise, and what does not fit the machine. A TypeError may be one, too: where a raise
+# statement of ours made it.
+MISTAKES = (ValueError, OSError, MemoryError, EngineDeadError)
 DEFECT = "nanovllm: this was not expected; please report it, with the above and what nanovllm env prints"
 # In the order of the help.
 COMMANDS = ("generate", "chat", "batch", "download", "inspect", "compare", "trace", "profile", "bench", "env")
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where a subcommand has found what it was to look for, as its help says; 2 for a mistake of
-        the caller's, which is told in one line; 3 for a defect of nanovllm, with its traceback; 130 after Ctrl-C.
+        the caller's, or too little memory, which is told in one line; 3 for a defect of nanovllm, with its traceback;
+        130 after Ctrl-C.
 
     Raises:
         SystemExit: The arguments cannot be parsed (2), or help or the version was asked for (0).
@@ -116,4 +118,6 @@ def message_of(error: Exception) -> str:
     """What went wrong, without the number that the system has for it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) and not str(error):  # Python's own
+        return "there is not enough memory"
     return str(error)

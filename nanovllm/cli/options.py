@@ -4,15 +4,12 @@ import argparse
 import dataclasses
 import difflib
 import json
-import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanovllm.demo import DEMO_MODEL_PATH
-from nanovllm.utils.options import add_device_option
+from nanovllm.utils.options import OneLineParser, add_device_option
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
@@ -21,11 +18,8 @@ if TYPE_CHECKING:
 TOGGLES = {"on": True, "off": False}
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: the usage is longer than a screen."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+class Parser(OneLineParser):
+    """The parser of the command and of its subcommands."""
 
     def refuse(self, unknown: list[str]) -> NoReturn:
         """End because of arguments that the parser does not know."""
@@ -157,26 +151,6 @@ def template_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the chat template is to be given: ``--chat-template-kwargs``, and ``--think`` as Qwen3's names it."""
     thinking = {} if args.think is None else {"enable_thinking": TOGGLES[args.think]}
     return {**(args.chat_template_kwargs or {}), **thinking}
-
-
-def add_json_option(parser: Any, what: str) -> None:
-    """``--json``, which means one thing in every command; ``what`` says what is printed."""
-    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON, and nothing else, to stdout")
-
-
-@contextmanager
-def json_alone(args: argparse.Namespace) -> Iterator[None]:
-    """With ``--json``, what is printed meanwhile goes to stderr."""
-    if not args.json:
-        yield
-        return
-    with redirect_stdout(sys.stderr):
-        yield
-
-
-def print_json(report: Any, indent: int | None = 2) -> None:
-    """Print a report for machines, in ASCII: any console and any pipe keeps it."""
-    print(json.dumps(report, indent=indent, separators=None if indent else (",", ":"), default=str))
 
 
 def read_text(path: str) -> str:

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.options import (
     add_command,
-    add_json_option,
     add_model_options,
     check_writable,
-    json_alone,
     model_arguments,
-    print_json,
     sampling_arguments,
     sampling_params,
 )
+from nanovllm.utils.options import add_json_option, json_alone, print_json
 from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:

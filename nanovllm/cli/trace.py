@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.cli.options import (
     add_chat_option,
     add_command,
-    add_json_option,
     add_model_options,
     add_sampling_options,
     chat_prompt,
     check_template_options,
     check_writable,
-    json_alone,
     model_arguments,
-    print_json,
     read_text,
     sampling_arguments,
     sampling_params,
 )
+from nanovllm.utils.options import add_json_option, json_alone, print_json
 from nanovllm.utils.text import counted
 
 if TYPE_CHECKING:

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanovllm.hub.cache import find_checkpoint
 from nanovllm.hub.client import NAME_PATTERN, HubError, Repository
-from nanovllm.hub.contents import SMALL_FILES, WEIGHTS_FILE, check_config, check_space, check_weights, weights_of
+from nanovllm.hub.contents import WEIGHTS_FILE, check_space, check_weights, fetch_checkpoint
 from nanovllm.utils.file_lock import lock
 from nanovllm.utils.loader import find_shards
 from nanovllm.utils.model_config import CONFIG_FILE
@@ -59,40 +61,38 @@ def download(repository: str, revision: str | None = None, local_dir: str | os.P
     folder = Path(local_dir if local_dir is not None else repository.split("/")[1]).expanduser()
     _check_folder(folder, repository)
     remote = Repository(repository, revision)
-    # Small ones first: they tell whether the large ones are of use, and which they are.
-    small = [name for name in SMALL_FILES if name in remote.files]
-    if CONFIG_FILE not in small:
-        raise ValueError(f"{repository} is no checkpoint that can be loaded: it has no {CONFIG_FILE}")
-    _check_space(folder, remote, small)
+    with ExitStack() as claimed:
+
+        def fetch(names: list[str]) -> None:
+            check_space(folder, [(remote.files[name], folder / name) for name in names], "--local-dir")
+            if CONFIG_FILE in names:  # they are the first: what cannot be had leaves no folder behind
+                claimed.enter_context(_claim(folder, remote))
+            for name in names:
+                remote.fetch(name, folder / name)
+
+        architecture, names = fetch_checkpoint(remote, folder, fetch)
+        for path in folder.glob("*.incomplete"):  # of other revisions
+            path.unlink()
+        weights = sorted(name for name in names if name.endswith(".safetensors"))
+        if sorted(os.path.basename(path) for path in find_shards(str(folder))) != weights:
+            raise ValueError(
+                f"{folder} also holds {WEIGHTS_FILE}, which is not of {repository} and would be loaded instead; remove "
+                "it"
+            )
+    return Download(folder, repository, remote.commit, architecture, {name: remote.files[name].size for name in names})
+
+
+@contextmanager
+def _claim(folder: Path, remote: Repository) -> Iterator[None]:
+    """Make the folder, note what it is for, and keep other downloads from it for the time of the context."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / NOTE_FILE).open("a", encoding="utf-8") as note:
         lock(note, f"another download into {folder} is running; wait for it to end, or name another with --local-dir")
         note.truncate(0)
         note.seek(0)
-        note.write(json.dumps({"repository": repository, "revision": remote.commit}) + "\n")
+        note.write(json.dumps({"repository": remote.name, "revision": remote.commit}) + "\n")
         note.flush()
-        return _fetch(remote, repository, folder, small)
-
-
-def _fetch(remote: Repository, repository: str, folder: Path, small: list[str]) -> Download:
-    """Fetch the files into a folder that nobody else downloads into, and check them."""
-    for name in small:
-        remote.fetch(name, folder / name)
-    architecture = check_config(folder, repository)
-    weights = weights_of(folder, remote.files, repository)
-    _check_space(folder, remote, weights)
-    for name in weights:
-        remote.fetch(name, folder / name)
-    for path in folder.glob("*.incomplete"):  # of other revisions
-        path.unlink()
-    check_weights(folder)
-    if sorted(os.path.basename(path) for path in find_shards(str(folder))) != sorted(weights):
-        raise ValueError(
-            f"{folder} also holds {WEIGHTS_FILE}, which is not of {repository} and would be loaded instead; remove it"
-        )
-    return Download(
-        folder, repository, remote.commit, architecture, {name: remote.files[name].size for name in [*small, *weights]}
-    )
+        yield
 
 
 def _check_folder(folder: Path, repository: str) -> None:
@@ -109,7 +109,3 @@ def _check_folder(folder: Path, repository: str) -> None:
         ) from None
     if held != repository:
         raise ValueError(f"{folder} holds a download of {held}; name another folder with --local-dir")
-
-
-def _check_space(folder: Path, remote: Repository, names: list[str]) -> None:
-    check_space(folder, [(remote.files[name], folder / name) for name in names], "--local-dir")

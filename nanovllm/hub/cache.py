@@ -11,6 +11,7 @@ What is there is taken as it is, without asking whether the branch has moved: th
 somebody fetches another commit.
 """
 
+import json
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanovllm.hub.client import NAME_PATTERN, HubError, Repository
-from nanovllm.hub.contents import SMALL_FILES, check_config, check_space, check_weights, weights_of
+from nanovllm.hub.contents import SMALL_FILES, TEMPLATE_FILE, check_space, check_weights, fetch_checkpoint
 from nanovllm.utils.file_lock import lock
 from nanovllm.utils.loader import INDEX_FILE
 from nanovllm.utils.model_config import CONFIG_FILE
@@ -41,6 +42,7 @@ def find_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
     kind: str = "model",
+    token: bool | str | None = None,
 ) -> str:
     """The directory of a checkpoint that is given by its path, or by its name on the hub.
 
@@ -53,6 +55,8 @@ def find_checkpoint(
         revision: A branch, tag or commit of the repository; the main branch by default.
         cache_dir: The cache; by default Hugging Face's.
         kind: What is needed of it, "model" (its weights, and all that belongs to it) or "tokenizer".
+        token: To download with: a text, True for this machine's, False for none; by default this machine's if it has
+            one.
 
     Returns:
         The directory.
@@ -76,7 +80,7 @@ def find_checkpoint(
     from huggingface_hub import constants
 
     cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser()
-    entry = _Entry(name, revision, cache / f"models--{name.replace('/', '--')}", kind)
+    entry = _Entry(name, revision, cache / f"models--{name.replace('/', '--')}", kind, token)
     snapshot = entry.snapshot()
     lacks = entry.lacks(snapshot)
     if snapshot is not None and not lacks:
@@ -90,28 +94,29 @@ def find_checkpoint(
         with _sole(cache / ".locks" / entry.folder.name / "nanovllm.lock", name):
             snapshot = entry.snapshot()  # another process may have fetched it meanwhile
             return str(snapshot if snapshot is not None and not entry.lacks(snapshot) else entry.download())
-    except HubError as error:
+    except OSError as error:  # of the hub, or of a cache that can only be read
         if snapshot is not None and entry.is_usable(snapshot):
             logger.warning("%s lacks %s and is used as it is: %s", snapshot, ", ".join(lacks), error)
             return str(snapshot)
+        if not isinstance(error, HubError):
+            if error.strerror is None:  # it says all
+                raise
+            raise OSError(
+                f"{name} cannot be downloaded into the cache {cache} ({error.strerror}); name another with {REMEDY}"
+            ) from error
         at = "" if revision is None else f", revision {revision!r},"
         raise HubError(
             f"{kind} is {name!r}, which is no directory here and{at} not wholly in the cache {cache}; {error}; or give "
             "the path of a checkpoint"
-        ) from error
-    except OSError as error:
-        if error.strerror is None:  # it says all
-            raise
-        raise OSError(
-            f"{name} cannot be downloaded into the cache {cache} ({error.strerror}); name another with {REMEDY}"
         ) from error
 
 
 class _Entry:
     """What a cache has, or is to have, of a repository."""
 
-    def __init__(self, name: str, revision: str | None, folder: Path, kind: str) -> None:
+    def __init__(self, name: str, revision: str | None, folder: Path, kind: str, token: bool | str | None) -> None:
         self.name, self.revision, self.folder, self.kind = name, revision, folder, kind
+        self._token = token
         self._ref = folder.joinpath("refs", *(revision or "main").split("/"))
 
     def snapshot(self) -> Path | None:
@@ -127,11 +132,8 @@ class _Entry:
         if snapshot is None:
             return ["everything"]
         absent = self._absent(snapshot)
-        lacking = [
-            file
-            for file in ESSENTIAL_FILES[self.kind]
-            if not (snapshot / file).is_file() and not (absent / file).exists()
-        ]
+        essential = [*ESSENTIAL_FILES[self.kind], *([] if _has_own_template(snapshot) else [TEMPLATE_FILE])]
+        lacking = [file for file in essential if not (snapshot / file).is_file() and not (absent / file).exists()]
         return lacking + ["weights"] * (self.kind == "model" and not _has_weights(snapshot))
 
     def is_usable(self, snapshot: Path) -> bool:
@@ -142,19 +144,17 @@ class _Entry:
 
     def download(self) -> Path:
         """Fetch what is not there yet; nobody else does so meanwhile. Returns the snapshot's folder."""
-        remote = Repository(self.name, self.revision)
+        remote = Repository(self.name, self.revision, self._token)
         snapshot = self.folder / "snapshots" / remote.commit
-        # Small ones first: they tell whether the large ones are of use, and which they are.
-        unneeded = {INDEX_FILE} if self.kind == "tokenizer" else set()
-        small = [name for name in SMALL_FILES if name in remote.files and name not in unneeded]
-        if self.kind == "model" and CONFIG_FILE not in small:
-            raise ValueError(f"{self.name} is no checkpoint that can be loaded: it has no {CONFIG_FILE}")
-        self._fetch(remote, snapshot, small)
+
+        def fetch(names: list[str]) -> None:
+            self._fetch(remote, snapshot, names)
+
         if self.kind == "model":
-            check_config(snapshot, self.name)
-            self._fetch(remote, snapshot, weights_of(snapshot, remote.files, self.name))
-            check_weights(snapshot)
-        for name in ESSENTIAL_FILES[self.kind]:
+            fetch_checkpoint(remote, snapshot, fetch)
+        else:
+            fetch([name for name in SMALL_FILES if name in remote.files and name != INDEX_FILE])
+        for name in (*ESSENTIAL_FILES[self.kind], TEMPLATE_FILE):
             if name not in remote.files:
                 self._absent(snapshot).mkdir(parents=True, exist_ok=True)
                 (self._absent(snapshot) / name).touch()
@@ -178,6 +178,15 @@ class _Entry:
 
     def _absent(self, snapshot: Path) -> Path:
         return self.folder / ".no_exist" / snapshot.name
+
+
+def _has_own_template(snapshot: Path) -> bool:
+    """Whether the chat template stands in tokenizer_config.json; newer repositories have it in a file of its own."""
+    try:
+        values = json.loads((snapshot / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and bool(values.get("chat_template"))
 
 
 def _has_weights(snapshot: Path) -> bool:

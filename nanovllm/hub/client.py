@@ -54,6 +54,8 @@ class Repository:
     Args:
         name: ``OWNER/NAME``.
         revision: A branch, tag or commit; the main branch by default.
+        token: As huggingface_hub has it: a text, True or None for that of this machine (None: if there is one), False
+            for none.
 
     Attributes:
         commit: The commit.
@@ -63,12 +65,12 @@ class Repository:
         HubError: It is not there, or cannot be looked at.
     """
 
-    def __init__(self, name: str, revision: str | None) -> None:
+    def __init__(self, name: str, revision: str | None, token: bool | str | None = None) -> None:
         from huggingface_hub import HfApi
 
-        self.name, self.revision = name, revision
+        self.name, self.revision, self._token = name, revision, token
         self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        api = HfApi(endpoint=self.endpoint, library_name="nanovllm")
+        api = HfApi(endpoint=self.endpoint, library_name="nanovllm", token=token)
         info = self._ask(lambda: api.model_info(name, revision=revision, files_metadata=True))
         self.commit: str = info.sha or revision or "main"
         self.files = {one.rfilename: _remote_file(one) for one in info.siblings or []}
@@ -89,7 +91,7 @@ class Repository:
             return
         url = hf_hub_url(self.name, name, revision=self.commit, endpoint=self.endpoint)
         # Compressed, a part could not be continued where it ends.
-        headers = {**build_hf_headers(library_name="nanovllm"), "Accept-Encoding": "identity"}
+        headers = {**build_hf_headers(token=self._token, library_name="nanovllm"), "Accept-Encoding": "identity"}
         # The package itself keeps no part of a file that it was fetching when it was interrupted.
         unfinished = wanted.unfinished(target)
         if unfinished.exists() and unfinished.stat().st_size > wanted.size:
@@ -131,12 +133,21 @@ class Repository:
                 f"{self.endpoint} has no model {name}, or it is private; check the spelling, or for a private one log "
                 "in with 'hf auth login' or set HF_TOKEN"
             )
+        if isinstance(error, errors.LocalTokenNotFoundError):
+            return HubError(
+                f"hf_token is True for {name}, and there is no token here; log in with 'hf auth login' or set HF_TOKEN"
+            )
         if any("OfflineMode" in kind.__name__ for kind in type(error).__mro__):
             return HubError(
                 f"{name} cannot be downloaded: HF_HUB_OFFLINE is set; unset it, or copy the folder from a machine that "
                 "has it"
             )
         response = getattr(error, "response", None)
+        if response is not None and response.status_code == 401:
+            return HubError(
+                f"{self.endpoint} does not accept the token that it was asked for {name} with; give a valid one with "
+                "hf_token or HF_TOKEN, or log in with 'hf auth login'"
+            )
         if response is not None:
             return HubError(
                 f"{self.endpoint} answered {name} with HTTP status {response.status_code}; try again later "

@@ -3,17 +3,18 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from nanovllm.hub.client import RemoteFile
+from nanovllm.hub.client import RemoteFile, Repository
 from nanovllm.models.registry import MODELS
 from nanovllm.utils.loader import INDEX_FILE, find_shards
 from nanovllm.utils.model_config import CONFIG_FILE, load_model_config
 
 WEIGHTS_FILE = "model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"
 # Of a repository, besides its weights, what the engine or transformers' tokenizers read.
 SMALL_FILES = (
     CONFIG_FILE,
@@ -25,11 +26,38 @@ SMALL_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "chat_template.json",
     INDEX_FILE,
 )
 SPARE_BYTES = 2**26  # left free on the disk
+
+
+def fetch_checkpoint(remote: Repository, folder: Path, fetch: Callable[[list[str]], None]) -> tuple[str, list[str]]:
+    """Fetch what a checkpoint is made of, and check it.
+
+    Args:
+        remote: Where it comes from.
+        folder: Where it is read from, once it is fetched.
+        fetch: Puts the files of these names there; called twice. The small ones come first: they tell whether the large
+            ones are of use, and which they are.
+
+    Returns:
+        The architecture, and the files' names.
+
+    Raises:
+        ValueError: It is none, or of an architecture that is not supported, or what came is damaged.
+        OSError: As ``fetch`` does.
+    """
+    small = [name for name in SMALL_FILES if name in remote.files]
+    if CONFIG_FILE not in small:
+        raise ValueError(f"{remote.name} is no checkpoint that can be loaded: it has no {CONFIG_FILE}")
+    fetch(small)
+    architecture = check_config(folder, remote.name)
+    weights = weights_of(folder, remote.files, remote.name)
+    fetch(weights)
+    check_weights(folder)
+    return architecture, [*small, *weights]
 
 
 def check_weights(folder: Path) -> None:

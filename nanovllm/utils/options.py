@@ -1,12 +1,22 @@
-"""Options that the command line and the benchmark have in common."""
+"""What the command line and the benchmark have in common: options, the parser, and reports for machines."""
 
 import argparse
-from collections.abc import Callable
-from typing import Any, TypeVar
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, NoReturn, TypeVar
 
 from nanovllm.utils.validation import check_device
 
 Value = TypeVar("Value")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage is longer than a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def told(parse: Callable[[str], Value]) -> Callable[[str], Value]:
@@ -25,3 +35,23 @@ def add_device_option(parser: Any, name: str = "--device", default: str = "auto"
     """``--device``, or another one whose value is a device; ``what`` is said before the choices."""
     known = f"{what}auto, cpu, cuda, cuda:N or mps (default: {default})"
     parser.add_argument(name, type=told(check_device), default=default, metavar="DEVICE", help=known)
+
+
+def add_json_option(parser: Any, what: str) -> None:
+    """``--json``, which means one thing in every command; ``what`` says what is printed."""
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON, and nothing else, to stdout")
+
+
+@contextmanager
+def json_alone(args: argparse.Namespace) -> Iterator[None]:
+    """With ``--json``, what is printed meanwhile goes to stderr."""
+    if not args.json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(report: Any, indent: int | None = 2) -> None:
+    """Print a report for machines, in ASCII: any console and any pipe keeps it."""
+    print(json.dumps(report, indent=indent, separators=None if indent else (",", ":"), default=str))

@@ -39,7 +39,6 @@ ELSEWHERE: dict[str, tuple[Any, ...] | str | None] = {
     "generation_config": ("auto",),
     "guided_decoding_backend": None,
     "hf_config_path": (None,),
-    "hf_token": None,
     "ignore_patterns": None,
     "kv_cache_dtype": ("auto",),
     "kv_cache_memory_bytes": (None,),
