@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.utils.logging import configure_logging
+from nanovllm.utils.openmp import spin_briefly
 from nanovllm.version import __version__
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "CompletionOutput", "EngineDeadError", "RequestOutput", "SamplingParams", "__version__"]
 
 configure_logging()
+spin_briefly()
 
 # Imported when they are first asked for: torch takes a second, and help, a version or a mistake needs none of it.
 _HOMES = {

@@ -5,6 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# Read when torch is imported. Several processes share the cores: threads that spin would be in each other's way.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -284,13 +285,42 @@ def test_a_model_that_does_something_else_is_run_as_before(
 
 
 def test_replays_without_openmp_are_the_same(llm: LLM, eager: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads of Python's, which may come late and cannot wait for one another."""
+    """Threads of Python's."""
     prompts = [prompt(140, 1), prompt(7, 2), prompt(30, 3)]
     with threads(5):
         expected = generate(eager, prompts)
-        monkeypatch.setattr(launch, "_team", lambda: launch._Team(launch._fork_python_threads, 0))
+        monkeypatch.setattr(launch, "_fork", lambda: launch._fork_python_threads)
         assert generate(llm, prompts) == expected
         assert generate(eager, prompts) == expected
+    assert sorted(steps_of(llm).recordings) == [3]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.003])
+def test_a_replay_waits_for_no_thread_that_has_nothing_to_do(
+    llm: LLM, eager: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Some come when others have done everything, or in the middle of it: the processor was somebody else's."""
+
+    def fork_late(kernel: int, arguments: int, number: int) -> None:
+        def come_late() -> None:
+            time.sleep(seconds * random.random())
+            launch._call(kernel, arguments)
+
+        others = [threading.Thread(target=come_late) for _ in range(number - 1)] if seconds else []
+        for other in others:
+            other.start()
+        launch._call(kernel, arguments)
+        for other in others:
+            other.join()
+        if not others:
+            for _ in range(number - 1):
+                launch._call(kernel, arguments)
+
+    prompts = [prompt(140, 1), prompt(7, 2), prompt(30, 3)]
+    with threads(5):
+        expected = generate(eager, prompts)
+        monkeypatch.setattr(launch, "_fork", lambda: fork_late)
+        assert generate(llm, prompts) == expected
     assert sorted(steps_of(llm).recordings) == [3]
 
 

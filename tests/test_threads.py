@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.utils import threads
+from nanovllm.utils import openmp, threads
 from nanovllm.utils.cgroups import cpu_quota
 from nanovllm.utils.threads import ThreadLimit, allowed_cpus, best_threads, cores_by_socket, torch_defaults
 
@@ -331,3 +331,30 @@ def test_omp_num_threads_reaches_the_engine(tiny_checkpoint: Path) -> None:
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # MKL takes no more than there are cores
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environ)
     assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "environment", "expected"),
+    [
+        ("", {}, "40000"),
+        ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("import torch;", {}, "None"),
+    ],
+)
+def test_threads_that_wait_give_way_soon_unless_somebody_chose(
+    first: str, environment: dict[str, str], expected: str
+) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name not in openmp.VARIABLES}
+    code = f"{first}import nanovllm, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_other_programs_do_not_inherit_it() -> None:
+    given = {"A": "1"}
+    environ = {**given, "GOMP_SPINCOUNT": openmp.SPINS}
+    assert openmp.as_it_was(environ) == given
+    assert openmp.as_it_was({"GOMP_SPINCOUNT": "7"}) == {"GOMP_SPINCOUNT": "7"}

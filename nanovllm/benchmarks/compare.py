@@ -17,6 +17,7 @@ from nanovllm.benchmarks.engine_options import INTEGER_OPTIONS, OTHER_OPTIONS
 from nanovllm.benchmarks.engine_process import EngineError, EngineProcess, EngineSpec
 from nanovllm.benchmarks.plot import draw, require_matplotlib
 from nanovllm.benchmarks.report import Result, engine_table, failures, page, result_of, summarise, workload_table
+from nanovllm.utils.openmp import as_it_was
 from nanovllm.utils.random_requests import Requests, Workload
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -76,7 +77,9 @@ def peer_spec(name: str, folder: Path, checkpoint: str, settings: dict[str, Any]
                 f"--compare {name}: {needed} is missing "
                 f"(python tools/setup_peers.py {folder} --only {peer.environment} --shape {checkpoint})"
             )
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    environment = {
+        key: value for key, value in as_it_was(os.environ).items() if key not in ("PYTHONPATH", "PYTHONHOME")
+    }
     command = [str(python), str(LAUNCHER), peer.module]
     return EngineSpec(name, command, {**settings, "model": str(model)}, environment=environment)
 

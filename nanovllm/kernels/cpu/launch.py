@@ -143,7 +143,7 @@ def run(kernel: int, arguments: int, tasks: int) -> None:
     """Call the kernel at an address on as many of torch's threads as there are tasks, or on all."""
     threads = min(torch.get_num_threads(), tasks)
     if threads > 1:
-        _team().fork(kernel, arguments, threads)
+        _fork()(kernel, arguments, threads)
     elif threads == 1:
         _call(kernel, arguments)
 
@@ -175,48 +175,26 @@ def _call(kernel: int, arguments: int) -> None:
     _KERNEL_TYPE(kernel)(arguments)
 
 
-class _Team(NamedTuple):
-    """How to call a kernel on several threads.
-
-    Args:
-        fork: Called with the addresses of a kernel and its arguments and a number of threads.
-        size_address: Of a C function that tells a thread how many there are; 0 if they may come late, one by one.
-    """
-
-    fork: Callable[[int, int, int], None]
-    size_address: int
-
-
 @cache
-def _team() -> _Team:
-    """torch's own threads, if they can be had; else Python's.
+def _fork() -> Callable[[int, int, int], None]:
+    """What calls a kernel on several threads, given its address, that of its arguments and how many there are to be.
 
-    A second set of threads would fight the first for the cores, since threads of OpenMP spin for a while after their
-    work is done. Its entry point GOMP_parallel is GNU's, and part of LLVM's and Intel's library too.
+    They are torch's own threads, if those can be had; else Python's. A second set would fight the first for the cores,
+    since threads of OpenMP spin for a while after their work is done. Its entry point GOMP_parallel is GNU's, and part
+    of LLVM's and Intel's library too.
     """
     parallel: Any = None
-    size: Any = None
     for name in (None, *map(str, (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"))):
         try:  # where torch's own calls end up: with what was loaded for all, else with what torch was linked with
-            library = ctypes.CDLL(name)
-            parallel, size = library.GOMP_parallel, library.omp_get_num_threads
+            parallel = ctypes.CDLL(name).GOMP_parallel
             break
         except (OSError, AttributeError, TypeError):  # Windows has no library without a name
             continue
     if parallel is None:
-        return _Team(_fork_python_threads, 0)
+        return _fork_python_threads
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-
-    def fork(kernel: int, arguments: int, threads: int) -> None:
-        parallel(kernel, arguments, threads, 0)
-
-    return _Team(fork, ctypes.cast(size, ctypes.c_void_p).value or 0)
-
-
-def team_size_address() -> int:
-    """Address of a C function that tells a thread the size of its team; 0 if there is none."""
-    return _team().size_address
+    return lambda kernel, arguments, threads: parallel(kernel, arguments, threads, 0)
 
 
 @cache

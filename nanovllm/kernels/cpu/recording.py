@@ -31,7 +31,8 @@ from nanovllm.kernels.cpu import launch
 from nanovllm.kernels.cpu.launch import HEADER, Kernel, Stream, integers, num_tasks, thread_number
 from nanovllm.kernels.cpu.vectors import Address, as_int64, fetch_add, prefetch
 
-_SPINS = 2000  # looks at a barrier before the processor is offered to others
+_SPINS = 2000  # looks at a launch's gate before the processor is offered to others
+_ANY = -(1 << 62)
 
 
 class NotRecordableError(Exception):
@@ -58,7 +59,7 @@ class Recording:
         streams = [kernel.stream and kernel.stream(arguments) for kernel, _, arguments in launches]
         self.ahead = _pieces_ahead(streams, torch.get_num_threads())
         self.addresses = np.array([kernel.address for kernel in self.kernels], dtype=np.int64)
-        self.barrier = np.zeros(1, dtype=np.int64)
+        self.inside = np.zeros(len(launches), dtype=np.int64)  # by launch, less than 0 while threads are in it
 
     def set_tasks(self, kernel: Kernel, tasks: int) -> None:
         """Change the number of tasks of all launches of a kernel."""
@@ -68,19 +69,13 @@ class Recording:
         """Run all launches."""
         self.arguments[:, 0] = 0
         self.arguments[:, 2] = 0
-        if launch.team_size_address() == 0:  # threads that may come late cannot wait for one another
-            for number, (kernel, line) in enumerate(zip(self.kernels, self.arguments, strict=True)):
-                launch.run(kernel.address, int(self.arguments.ctypes.data) + number * line.nbytes, int(line[1]))
-            return
-        self.barrier[0] = 0
         _replay_kernel.call_on_every_thread(
             self.addresses.ctypes.data,
             self.arguments.ctypes.data,
             self.arguments.strides[0],
             self.ahead.ctypes.data,
             len(self.kernels),
-            self.barrier.ctypes.data,
-            launch.team_size_address(),
+            self.inside.ctypes.data,
             _yield_address(),
         )
 
@@ -250,21 +245,24 @@ _PAUSE: tuple[str, list[int]] | None = {
 
 
 def _replay(arguments: Any) -> None:
-    """Every thread of a team goes through all launches; none begins one before all have done the last."""
-    functions, lines, line_bytes, pieces, count, barrier, team_size, give_way = integers(arguments, 8)
+    """Every thread goes through all launches; none begins one before the tasks of the last are done.
+
+    It waits for tasks, not for threads: where other programs use the cores, one of ours may not run for milliseconds,
+    and the others do its share meanwhile. A task is begun by a thread that is counted as inside. So once all are begun
+    and nobody is inside, all are done; whoever comes later finds nothing to begin, and need not go inside.
+    """
+    functions, lines, line_bytes, pieces, count, inside, give_way = integers(arguments, 7)
     addresses: Any = as_int64(functions)
-    threads = _call_for_int(team_size)  # perhaps fewer than were asked for
     ahead, thread = as_int64(pieces), thread_number(arguments)
-    target = 0
     for number in range(count):
-        line = lines + number * line_bytes
-        if num_tasks(line) > 0:
+        line, gate = lines + number * line_bytes, inside + 8 * number
+        if _wait_until(line, _ANY) < num_tasks(line):  # not all are begun
+            fetch_add(gate, -1)
             _call_kernel(addresses[number], line)
-            fetch_add(barrier, 1)
-            target += threads
+            fetch_add(gate, 1)
         if thread < ahead[3 * number + 2]:  # memory has nothing to do until the last thread is done
             prefetch(ahead[3 * number] + thread * ahead[3 * number + 1], ahead[3 * number + 1])
-        while _wait_until(barrier, target) < target:
+        while _wait_until(gate, 0) < 0:
             if give_way != 0:
                 _call_for_int(give_way)
 
