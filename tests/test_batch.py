@@ -367,6 +367,18 @@ def test_an_output_that_is_no_file_is_refused(files: Files) -> None:
             run_batch(StubLLM(), files.input, output)  # type: ignore[arg-type]
 
 
+def test_pipes_are_refused(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.put({"prompt": "a"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"output is '-': .* needs a file"):
+        run_batch(StubLLM(), files.input, "-")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is not a file; a job reads its rows more than once"):
+        run_batch(StubLLM(), os.devnull, files.output)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"there is no file - \(a pipe cannot be read more than once\)"):
+        run_batch(StubLLM(), "-", files.output)  # type: ignore[arg-type]
+    assert run_batch(StubLLM(), files.input, "./-").num_answered == 1  # type: ignore[arg-type]
+
+
 def test_input_and_output_are_two_files(files: Files) -> None:
     files.put({"prompt": "a"})
     with pytest.raises(ValueError, match="both input and output"):
