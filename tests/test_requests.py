@@ -657,6 +657,8 @@ class TestInterrupts:
             interrupt_once(patch, owner, name)
             with pytest.raises(KeyboardInterrupt):
                 tiny.abort(request_id)
+        with pytest.raises(RuntimeError, match=f"requests were dropped by another call that failed: {request_id}: "):
+            tiny.engine.step()
         assert_empty(tiny)
         assert tiny.abort(request_id) is None
         assert len(tiny.generate([[1, 2]], greedy(4, ignore_eos=True), use_tqdm=False)[0]["token_ids"]) == 4

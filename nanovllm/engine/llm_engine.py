@@ -83,6 +83,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # finished, of requests without an owner
         self._lost: dict[str, LostRequest] = {}  # of requests without an owner
+        self._adding: str | None = None  # a request of whose loss its own call tells
         self._in_flight: deque[_Step] = deque()  # launched, what they give not yet taken in; oldest first
         self._launching = 0.0  # seconds spent in calls that launched a step and took in none, since the last that did
         self._token_texts: dict[int, str] = {}  # of single tokens, for log-probabilities
@@ -171,9 +172,7 @@ class LLMEngine:
                     request, request_id, None if leader_id is None else self._requests.get(leader_id)
                 )
                 tokenizer = self.tokenizer if request.params.detokenize else None
-                for seq in sequences:
-                    self.scheduler.add(seq)
-                self._requests[request_id] = Request(  # last: a call that fails has added nothing that could be lost
+                self._requests[request_id] = Request(
                     request_id,
                     request.prompt,
                     prompt_index,
@@ -183,6 +182,10 @@ class LLMEngine:
                     sequences,
                     self._token_texts,
                 )
+                self._adding = request_id
+                for seq in sequences:
+                    self.scheduler.add(seq)
+                self._adding = None
         if taken:
             raise ValueError(f"request_id {request_id!r} is taken by a request that has not finished")
         return request_id
@@ -370,9 +373,10 @@ class LLMEngine:
         for request in self._requests.values():
             if request.owner is not None:
                 request.owner.inbox.append(LostRequest(request.request_id, cause))
-            elif is_told:  # who added it sees nothing of this
+            elif is_told and request.request_id != self._adding:  # who added it sees nothing of this
                 self._lost[request.request_id] = LostRequest(request.request_id, cause)
         self._requests.clear()
+        self._adding = None
 
     def _requests_of(self, owner: Owner) -> list[str]:
         return [request.request_id for request in self._requests.values() if request.owner is owner]
