@@ -6,7 +6,7 @@ rules of programmatic dependent launch (``nanovllm/kernels/dependent_launch.py``
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
@@ -14,9 +14,9 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import triton.runtime.interpreter as interpreter
 
 from nanovllm.kernels import dependent_launch
+from tests.watching import Watcher, watched
 from tools.compile_kernels import CALLS
 
 GRAIN = 2  # bytes: memory is noted in such pieces
@@ -35,17 +35,17 @@ class Launch:
     written: set[int] = field(default_factory=set)
 
 
-class Recorder:
+class Recorder(Watcher):
     """The launches of a run in their order."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.has_waited = False  # the program that is running
 
-    def begin(self, kernel: str, is_early: bool) -> None:
+    def launch(self, kernel: str, arguments: tuple[Any, ...], is_early: bool) -> None:
         self.launches.append(Launch(kernel, is_early))
 
-    def begin_program(self) -> None:
+    def program(self) -> None:
         self.has_waited = False
 
     def let_next_start(self) -> None:
@@ -54,16 +54,16 @@ class Recorder:
     def wait(self) -> None:
         self.has_waited = self.launches[-1].waits = True
 
-    def read(self, addresses: set[int]) -> None:
+    def read(self, addresses: np.ndarray, size: int) -> None:
         launch = self.launches[-1]
         if launch.is_early and not self.has_waited:
-            launch.read_early |= addresses
+            launch.read_early |= _pieces(addresses, size)
 
-    def write(self, addresses: set[int]) -> None:
-        launch = self.launches[-1]
-        launch.written |= addresses
+    def write(self, addresses: np.ndarray, size: int) -> None:
+        launch, pieces = self.launches[-1], _pieces(addresses, size)
+        launch.written |= pieces
         if launch.is_early and not self.has_waited:
-            launch.written_early |= addresses
+            launch.written_early |= pieces
 
     def problems(self) -> list[str]:
         """What could go wrong on a GPU, a line each."""
@@ -88,62 +88,22 @@ class Recorder:
 def recorded(*modules: ModuleType) -> Iterator[Recorder]:
     """Note the launches of all kernels, and of those in ``modules``, as on a device where they can start early."""
     recorder = Recorder()
-    call, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
-    load, store, update = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
-    begin_program = builder.set_grid_idx
-
-    def noting_call(self: Any, *args: Any, **kwargs: Any) -> None:
-        recorder.begin(self.fn.__name__, bool(kwargs.pop("launch_pdl", False)))
-        call(self, *args, **kwargs)
-
-    def noting_program(self: Any, *index: int) -> None:
-        recorder.begin_program()
-        begin_program(self, *index)
-
-    def noting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        recorder.read(_memory(pointers, mask))
-        return load(self, pointers, mask, *rest)
-
-    def noting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        recorder.write(_memory(pointers, mask))
-        return store(self, pointers, value, mask, *rest)
-
-    def noting_update(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        recorder.read(_memory(pointers, mask))
-        recorder.write(_memory(pointers, mask))
-        return update(self, operation, pointers, value, mask, *rest)
-
-    patches = [
-        patch.object(interpreter.GridExecutor, "__call__", noting_call),
-        patch.object(builder, "set_grid_idx", noting_program),
-        patch.object(builder, "create_masked_load", noting_load),
-        patch.object(builder, "create_masked_store", noting_store),
-        patch.object(builder, "create_atomic_rmw", noting_update),
-        patch.object(dependent_launch, "gdc_launch_dependents", recorder.let_next_start),
-        patch.object(dependent_launch, "gdc_wait", recorder.wait),
-    ]
-    for module in (*(import_module(f"nanovllm.kernels.{name}") for name in CALLS), *modules):
-        if hasattr(module, "launch_options"):
-            patches.append(patch.object(module, "launch_options", _options))
-        if hasattr(module, "bring_into_cache"):  # asks for memory and waits for none; not for the interpreter
-            patches.append(patch.object(module, "bring_into_cache", lambda *_: None))
-    for one in patches:
-        one.start()
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(watched(recorder))
+        stack.enter_context(patch.object(dependent_launch, "gdc_launch_dependents", recorder.let_next_start))
+        stack.enter_context(patch.object(dependent_launch, "gdc_wait", recorder.wait))
+        for module in (*(import_module(f"nanovllm.kernels.{name}") for name in CALLS), *modules):
+            if hasattr(module, "launch_options"):
+                stack.enter_context(patch.object(module, "launch_options", _options))
+            if hasattr(module, "bring_into_cache"):  # asks for memory and waits for none; not for the interpreter
+                stack.enter_context(patch.object(module, "bring_into_cache", lambda *_: None))
         yield recorder
-    finally:
-        for one in reversed(patches):
-            one.stop()
 
 
 def _options(device: Any) -> dict[str, Any]:
     return {"OVERLAPS": True, "launch_pdl": True}
 
 
-def _memory(pointers: Any, mask: Any) -> set[int]:
-    addresses = np.asarray(pointers.data)
-    wanted = np.broadcast_to(np.asarray(mask.data), addresses.shape).astype(bool)
-    first = addresses[wanted].astype(np.int64).ravel()
-    size = pointers.get_element_ty().primitive_bitwidth // 8
-    pieces = first[:, None] // GRAIN + np.arange(max(1, size // GRAIN))
+def _pieces(addresses: np.ndarray, size: int) -> set[int]:
+    pieces = addresses[:, None] // GRAIN + np.arange(max(1, size // GRAIN))
     return set(np.unique(pieces).tolist())
