@@ -133,11 +133,11 @@ class BatchJob:
         self.input_path, self.output_path = Path(input_path), Path(output_path)
         if os.fspath(output_path) == "-":
             raise ValueError("the output is '-': a job that can be continued needs a file; name one, or './-'")
-        if self.input_path.exists() and not self.input_path.is_file():
-            raise ValueError(f"{self.input_path} is not a file; a job reads its rows more than once: keep them in one")
         if not self.input_path.exists():
             hint = " (a pipe cannot be read more than once)" if os.fspath(input_path) == "-" else ""
             raise FileNotFoundError(f"there is no file {self.input_path}{hint}; give a JSONL file with a row a line")
+        if not self.input_path.is_file():
+            raise ValueError(f"{self.input_path} is not a file; a job reads its rows more than once: keep them in one")
         if self.output_path.exists() and not self.output_path.is_file():
             raise ValueError(f"{self.output_path} is not a file; a job appends to one, and reads what is there")
         if self.output_path.exists() and self.input_path.samefile(self.output_path):

@@ -19,8 +19,9 @@ from nanovllm.benchmarks.workloads import check_lengths
 from nanovllm.utils.random_requests import Requests
 
 QUIT_SECONDS = 10.0
-PAUSE_SECONDS = 5.0  # that all of its processes are given to hold still
 """What an engine gets to end by itself, before it is killed."""
+PAUSE_SECONDS = 5.0
+"""What its processes get to hold still, before it is taken for paused."""
 LOG_TAIL_BYTES = 4096
 
 

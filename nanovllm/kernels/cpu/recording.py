@@ -32,7 +32,7 @@ from nanovllm.kernels.cpu.launch import HEADER, Kernel, Stream, integers, num_ta
 from nanovllm.kernels.cpu.vectors import Address, as_int64, fetch_add, prefetch
 
 _SPINS = 2000  # looks at a launch's gate before the processor is offered to others
-_ANY = -(1 << 62)
+_ANY = -(1 << 62)  # no count is less: one look is enough
 
 
 class NotRecordableError(Exception):
