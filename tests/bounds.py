@@ -29,7 +29,8 @@ class Bounds(Watcher):
         self.firsts = self.ends = np.empty(0, np.int64)
 
     def launch(self, kernel: str, arguments: tuple[Any, ...], is_early: bool) -> None:
-        storages = [one.untyped_storage() for one in arguments if isinstance(one, torch.Tensor)]
+        tensors = [getattr(one, "base", one) for one in arguments]  # of a descriptor: the tensor that it is of
+        storages = [one.untyped_storage() for one in tensors if isinstance(one, torch.Tensor)]
         self.firsts = np.array([one.data_ptr() for one in storages], np.int64)
         self.ends = self.firsts + np.array([one.nbytes() for one in storages], np.int64)
 

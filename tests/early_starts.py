@@ -85,7 +85,7 @@ class Recorder(Watcher):
 
 
 @contextmanager
-def recorded(*modules: ModuleType) -> Iterator[Recorder]:
+def recorded(*modules: ModuleType, describes: bool = False) -> Iterator[Recorder]:
     """Note the launches of all kernels, and of those in ``modules``, as on a device where they can start early."""
     recorder = Recorder()
     with ExitStack() as stack:
@@ -95,8 +95,8 @@ def recorded(*modules: ModuleType) -> Iterator[Recorder]:
         for module in (*(import_module(f"nanovllm.kernels.{name}") for name in CALLS), *modules):
             if hasattr(module, "launch_options"):
                 stack.enter_context(patch.object(module, "launch_options", _options))
-            if hasattr(module, "bring_into_cache"):  # asks for memory and waits for none; not for the interpreter
-                stack.enter_context(patch.object(module, "bring_into_cache", lambda *_: None))
+            if hasattr(module, "has_descriptors"):
+                stack.enter_context(patch.object(module, "has_descriptors", lambda device: describes))
         yield recorder
 
 

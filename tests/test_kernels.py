@@ -93,12 +93,14 @@ def new_norm(weight: torch.Tensor) -> RMSNorm:
     rows=st.integers(0, 4),
     inputs=st.integers(1, 300),
     outputs=st.integers(1, 90),
-    dtype=DTYPES,
+    dtype=DTYPES if DEVICE.type == "cuda" else st.sampled_from((torch.float16, torch.float32)),  # multiplied by tiles
     padding=st.sampled_from((0, 1, 16)),
     kind=st.sampled_from(("plain", "bias", "norm", "norm bias", "residual", "bias residual", "norm gated", "gated")),
     seed=SEEDS,
 )
 @example(rows=2, inputs=5000, outputs=3, dtype=torch.float16, padding=0, kind="norm gated", seed=0)
+@example(rows=2, inputs=8200, outputs=3, dtype=torch.bfloat16, padding=0, kind="norm gated", seed=0)  # not by tiles
+@example(rows=1, inputs=256, outputs=600, dtype=torch.float16, padding=0, kind="residual", seed=0)
 def test_fused_linear(rows, inputs, outputs, dtype, padding, kind, seed):
     """Rounds where separate operations do, and writes each output of each row."""
     x = random_rows((rows, inputs), dtype, seed, padding)
@@ -114,6 +116,15 @@ def test_fused_linear(rows, inputs, outputs, dtype, padding, kind, seed):
     assert actual.shape == (rows, outputs)
     tolerance = {torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.25}[dtype]
     torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["norm gated", "bias residual"])
+def test_fused_linear_reads_tiles_by_descriptors(kind, dtype, monkeypatch):
+    """As it does where a GPU can copy them as a whole: a last program has lines that are beyond the weight."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr("nanovllm.kernels.fused_linear.has_descriptors", lambda device: True)
+    test_fused_linear.hypothesis.inner_test(3, 448, 37, dtype, 0, kind, 0)
 
 
 def test_fused_linear_gives_a_row_the_same_whatever_rows_are_beside_it():

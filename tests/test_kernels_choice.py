@@ -55,7 +55,7 @@ def test_a_gpu_that_runs_a_kernel_gets_them_all(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(probe, "probe", lambda device: None)
     assert kernels.why_no_triton(CUDA) is None
     for name in kernels.FEATURES:
-        if name not in ("prefetch", "graphs", "overlap", *kernels.CPU_ONLY):
+        if name not in ("graphs", "overlap", *kernels.CPU_ONLY):
             assert kernels.load(name, CUDA) is not None
             monkeypatch.setenv("NANOVLLM_DISABLE", f"overlap, {name}")
             assert kernels.load(name, CUDA) is None

@@ -42,9 +42,9 @@ def watched(watcher: Watcher) -> Iterator[None]:
         watcher.program()
         begin_program(self, *index)
 
-    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         watcher.read(*_touched(pointers, mask))
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
     def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         watcher.write(*_touched(pointers, mask))

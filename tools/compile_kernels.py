@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ROWS, MAX_LEN, VOCABULARY = 256, 4096, 151_936
+ROWS, MAX_LEN, VOCABULARY, MULTIPROCESSORS = 256, 4096, 151_936, 132
 
 
 class Compiled(NamedTuple):
@@ -81,7 +81,7 @@ def compile_module(name: str, architectures: tuple[int, ...] = ARCHITECTURES) ->
             for arch in architectures:
                 driver.set_active(_Driver(arch))
                 try:
-                    with _launch_options(module, arch):
+                    with _as_on(arch, module):
                         function(*arguments)
                 except Exception as error:
                     raise RuntimeError(f"{name}, {label!r}, sm_{arch}: {error}") from error
@@ -106,15 +106,23 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def _launch_options(module: ModuleType, arch: int) -> Any:
-    """Kernels of the module are launched to overlap where they are on the architecture."""
-    from nanovllm.kernels.dependent_launch import launch_options
+@contextmanager
+def _as_on(arch: int, module: ModuleType) -> Iterator[None]:
+    """Kernels of the module are launched as on a large GPU of the architecture."""
+    from nanovllm.kernels import dependent_launch
 
+    answers: dict[str, Any] = {"multiprocessors": MULTIPROCESSORS}
     with patch("torch.cuda.get_device_capability", lambda device: divmod(arch, 10)):
-        options = launch_options.__wrapped__(torch.device("cuda"))
-    if not hasattr(module, "launch_options"):
-        return nullcontext()
-    return patch.object(module, "launch_options", lambda device: options)
+        answers["has_descriptors"] = dependent_launch.has_descriptors.__wrapped__(torch.device("cuda"))
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            for place in (module, dependent_launch):
+                if hasattr(place, name):
+                    stack.enter_context(patch.object(place, name, lambda device, answer=answer: answer))
+        launch_options = dependent_launch.launch_options.__wrapped__
+        if hasattr(module, "launch_options"):
+            stack.enter_context(patch.object(module, "launch_options", launch_options))
+        yield
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -206,8 +214,9 @@ def _fused_linear() -> Calls:
 
     for name, of, rows, inputs, outputs, flags in _kinds(
         ("bf16", 1, 1024, 4096, "norm"),
-        ("bf16", 1, 2048, 1024, "residual upcoming"),
-        ("bf16", 4, 1024, 3072, "norm gated upcoming"),
+        ("bf16", 1, 2048, 1024, "residual holds back"),
+        ("bf16", 1, 1024, 3072, "norm gated"),
+        ("bf16", 4, 1024, 3072, "norm gated"),
         ("bf16", 1, 3072, 1024, "residual bias"),
         ("bf16", 4, 25600, 5120, "residual"),
         ("fp32", 2, 1024, 3072, "norm gated"),
@@ -216,9 +225,8 @@ def _fused_linear() -> Calls:
         gated = "gated" in flags
         bias, norm = of(outputs) if "bias" in flags else None, of(inputs) if "norm" in flags else None
         residual = of(rows, outputs) if "residual" in flags else None
-        upcoming = of(1 << 22) if "upcoming" in flags else None
         weight = of(2 * outputs if gated else outputs, inputs)
-        arguments = of(rows, inputs), weight, bias, norm, 1e-6, residual, gated, None, upcoming
+        arguments = of(rows, inputs), weight, bias, norm, 1e-6, residual, gated, None, "holds back" in flags
         yield f"{name} {rows}x{inputs}x{outputs} {flags}", fused_linear, arguments
 
 

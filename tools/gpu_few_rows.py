@@ -18,16 +18,18 @@ from nanovllm.engine.cuda_graphs import CudaCapture
 # By what they are called: values of constants of modules in nanovllm/kernels.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "as it is": {},
-    "no prefetch": {"fused_linear": {"MOST_UPCOMING": 0}},
-    "tiles of 32": {"decode_few_rows": {"TILE": 32}},
-    "tiles of 128": {"decode_few_rows": {"TILE": 128}},
-    "tiles of 32 in 32 registers": {"decode_few_rows": {"TILE": 32, "REGISTERS": 32}},
-    "tiles of 64 in 32 registers": {"decode_few_rows": {"REGISTERS": 32}},
-    "a program a multiprocessor": {"decode_few_rows": {"PROGRAMS_PER_SM": 1}},
-    "products of 4096": {"fused_linear": {"ELEMENTS": 4096}},
-    "products of 4096 in a warp": {"fused_linear": {"ELEMENTS": 4096, "NUM_WARPS": 1}},
-    "products of 8192 in four warps": {"fused_linear": {"NUM_WARPS": 4}},
-    "products of 16384 in four warps": {"fused_linear": {"ELEMENTS": 16384, "NUM_WARPS": 4}},
+    "held back by descriptors": {"fused_linear": {"BACK_BY_LOADS": False}},
+    "8 outputs a program": {"fused_linear": {"MOST_OUTPUTS": 8}},
+    "32 outputs a program": {"fused_linear": {"MOST_OUTPUTS": 32, "ELEMENTS": 65536}},
+    "8192 elements a warp": {"fused_linear": {"WARP_ELEMENTS": 8192}},
+    "2048 elements a warp": {"fused_linear": {"WARP_ELEMENTS": 2048}},
+    "products element by element": {"fused_linear": {"MOST_FOLD": 0}},
+    "items of 32": {"decode_few_rows": {"TILE": 32}},
+    "items of 128": {"decode_few_rows": {"TILE": 128}},
+    "items in 64 registers": {"decode_few_rows": {"REGISTERS": 64}},
+    "items in 32 registers": {"decode_few_rows": {"REGISTERS": 32}},
+    "2 parts at a time": {"decode_few_rows": {"PARTS": 2}},
+    "8 parts at a time": {"decode_few_rows": {"PARTS": 8}},
     "as it is, again": {},
 }
 PROMPT_TOKENS = 64

@@ -30,7 +30,7 @@ from nanovllm.utils.random_checkpoint import cached_random_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = Path(tempfile.gettempdir()) / "nanovllm-gpu-check"  # random weights stay here for the next stage
 # "nucleus" is for top_p, which no benchmark here asks for.
-KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "few_rows", "prefetch", "sample", "batch_state")
+KERNELS = ("rms_norm", "silu_and_mul", "qk_norm_rope_store", "few_rows", "sample", "batch_state")
 # What is switched off at a time, by what it is called.
 ABLATIONS = {
     "nothing": "",

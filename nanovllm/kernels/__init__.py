@@ -27,7 +27,6 @@ FEATURES = (
     "qk_norm_rope_store",
     "fused_linear",
     "decode_few_rows",
-    "prefetch",
     "decode_inputs",
     "decode_outputs",
     "sample",

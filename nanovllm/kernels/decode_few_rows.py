@@ -24,10 +24,12 @@ from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 # Tokens of a program: their keys and values stay in registers.
 TILE = 64
 # Registers of a thread that hold them.
-REGISTERS = 64
+REGISTERS = 128
+# Partial results of a head that are combined at a time, to begin with.
+PARTS = 4
 # Lines of a tile at least: no earlier Triton multiplies fewer than 16.
 LEAST_LINES = 8 if SINCE_TRITON_3_5 else 16
-# Heads of a group that the lines of a tile are enough for.
+# Heads that may share a key-value head.
 MOST_GROUP = 8
 # Programs launched for a multiprocessor at most, as many as run at a time; each goes on that many items.
 PROGRAMS_PER_SM = 2
@@ -41,14 +43,6 @@ _L2 = tl.constexpr(".cg")
 
 
 @triton.jit
-def _by_line(is_key, of_query, of_key, mask):
-    """[lines, dim] of a norm's weights."""
-    of_query = tl.load(of_query, mask=mask, other=0.0)
-    of_key = tl.load(of_key, mask=mask, other=0.0)
-    return tl.where(is_key[:, None], of_key[None, :], of_query[None, :])
-
-
-@triton.jit
 def _normalise_and_rotate(own, other, own_weight, other_weight, eps, cosines, sines, HEAD_DIM: tl.constexpr):
     """Lines [lines, dim], rounded like their dtype wherever the layers round; ``other``: what turns with ``own``."""
     dtype = own.dtype
@@ -58,6 +52,13 @@ def _normalise_and_rotate(own, other, own_weight, other_weight, eps, cosines, si
     own = ((own * scale).to(dtype).to(tl.float32) * own_weight.to(tl.float32)).to(dtype).to(tl.float32)
     other = ((other * scale).to(dtype).to(tl.float32) * other_weight.to(tl.float32)).to(dtype).to(tl.float32)
     return (own * cosines[None, :] + other * sines[None, :]).to(dtype)
+
+
+@triton.jit
+def _repeated(x, LINES: tl.constexpr):
+    """``x`` [lines, elements] below itself until it has ``LINES`` lines."""
+    repeats: tl.constexpr = LINES // x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[None, :, :], (repeats, x.shape[0], x.shape[1])), (LINES, x.shape[1]))
 
 
 @triton.jit
@@ -145,13 +146,14 @@ def _decode_few_rows_kernel(
     dim = tl.arange(0, PADDED_DIM)
     real_dim = dim < HEAD_DIM
     partner = tl.where(dim < half, dim + half, dim - half)  # what turns with it
-    # The queries of a group and the step's own key are the lines of one tile, which is computed at once.
-    line = tl.arange(0, LINES)
+    member = tl.arange(0, PADDED_GROUP)  # of the heads that share a key-value head
+    real_line = (member < GROUP)[:, None] & real_dim[None, :]
+    line = tl.arange(0, LINES)  # of a tile of their queries, which are repeated where a tile needs more
     is_query = line < GROUP
-    is_key = line == GROUP
-    is_real = (line <= GROUP)[:, None] & real_dim[None, :]
-    own_weight = _by_line(is_key, q_weight + dim, k_weight + dim, real_dim)
-    other_weight = _by_line(is_key, q_weight + partner, k_weight + partner, real_dim)
+    own_weight = tl.load(q_weight + dim, mask=real_dim, other=0.0)[None, :]
+    other_weight = tl.load(q_weight + partner, mask=real_dim, other=0.0)[None, :]
+    own_key_weight = tl.load(k_weight + dim, mask=real_dim, other=0.0)[None, :]
+    other_key_weight = tl.load(k_weight + partner, mask=real_dim, other=0.0)[None, :]
     dtype: tl.constexpr = out.dtype.element_ty
     # Lengths, tables and the keys of earlier steps are older than the step's first layer: they can be read at once.
     # Programs that find no item end without waiting: the first one always has an item, and waits.
@@ -181,35 +183,38 @@ def _decode_few_rows_kernel(
         new_place = (target // BLOCK_SIZE) * BLOCK_STRIDE + (target % BLOCK_SIZE) * TOKEN_STRIDE + kv_head * HEAD_STRIDE
         wait_for_previous_kernel(OVERLAPS)
 
-        head = tl.where(is_key, KV_HEADS * GROUP + kv_head, kv_head * GROUP + line)
-        source = qkv + token * qkv_stride + head[:, None] * HEAD_DIM
-        lines = tl.load(source + dim[None, :], mask=is_real, other=0.0)
-        other = tl.load(source + partner[None, :], mask=is_real, other=0.0)
-        new_value = tl.load(
-            qkv + token * qkv_stride + (KV_HEADS * (GROUP + 1) + kv_head) * HEAD_DIM + dim, mask=real_dim, other=0.0
-        )
+        source = qkv + token * qkv_stride
+        queries = source + (kv_head * GROUP + member)[:, None] * HEAD_DIM
+        query = tl.load(queries + dim[None, :], mask=real_line, other=0.0)
+        other_query = tl.load(queries + partner[None, :], mask=real_line, other=0.0)
+        key_source = source + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
+        new_key = tl.load(key_source + dim[None, :], mask=real_dim[None, :], other=0.0)  # [1, dim]
+        other_key = tl.load(key_source + partner[None, :], mask=real_dim[None, :], other=0.0)
+        new_value = tl.load(key_source + KV_HEADS * HEAD_DIM + dim, mask=real_dim, other=0.0)
         # The value is stored here because loads have to come before a store in the machine's code as well. Else the
         # compiler puts some of them off until others have come, to save registers, and a program waits twice.
         if stores:
             tl.store(values + new_place + dim, new_value, mask=real_dim)
-        lines = _normalise_and_rotate(lines, other, own_weight, other_weight, eps, cosines, sines, HEAD_DIM)
+        query = _normalise_and_rotate(query, other_query, own_weight, other_weight, eps, cosines, sines, HEAD_DIM)
+        new_key = _normalise_and_rotate(
+            new_key, other_key, own_key_weight, other_key_weight, eps, cosines, sines, HEAD_DIM
+        )
         if stores:
-            new_keys = keys + new_place + tl.broadcast_to(dim[None, :], (LINES, PADDED_DIM))
-            tl.store(new_keys, lines, mask=is_key[:, None] & real_dim[None, :])
+            tl.store(keys + new_place + dim[None, :], new_key, mask=real_dim[None, :])
+        new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale_log2
+        new_score = tl.reshape(_repeated(tl.where(is_last, new_score, _LOWEST)[:, None], LINES), (LINES,))
+        lines = _repeated(query, LINES)
 
         # Everything is transposed, [tokens, lines]: tokens fill the rows of a product.
         scores = tl.dot(key, tl.trans(lines), input_precision="ieee") * scale_log2
         scores = tl.where(cached[:, None], scores, _LOWEST)
-        precise = lines.to(tl.float32)
-        new_key = tl.sum(tl.where(is_key[:, None], precise, 0.0), axis=0)
-        new_score = tl.where(is_last, tl.sum(precise * new_key[None, :], axis=1) * scale_log2, _LOWEST)
         largest = tl.maximum(tl.max(scores, axis=0), new_score)
         weights = tl.where(cached[:, None], tl.exp2(scores - largest[None, :]), 0.0)
         new_weight = tl.where(is_last, tl.exp2(new_score - largest), 0.0)
         total = tl.sum(weights, axis=0) + new_weight
         attended = tl.dot(tl.trans(value), weights.to(dtype), input_precision="ieee")  # [dim, lines]
         attended += new_value.to(tl.float32)[:, None] * new_weight[None, :]
-        attended = attended / tl.where(end > start, total, 1.0)[None, :]  # zeros of a row without a context
+        attended = attended * (1.0 / tl.where(end > start, total, 1.0))[None, :]  # zeros of a row without a context
 
         place = (kv_head * GROUP + line)[None, :] * HEAD_DIM + dim[:, None]
         wanted = is_query[None, :] & real_dim[:, None]
@@ -224,7 +229,6 @@ def _decode_few_rows_kernel(
             arrival = arrivals + first_item * KV_HEADS + kv_head
             if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == parts - 1:  # the last one: all others are there
                 tl.store(arrival, 0)  # for the next layer
-                member = tl.arange(0, PADDED_GROUP)
                 own_head = kv_head * GROUP + member
                 combined = _combine(
                     partial_out,
@@ -360,12 +364,12 @@ def decode_few_rows_reference(
 def _launch_sizes(group: int, head_dim: int, itemsize: int) -> tuple[dict[str, int], int]:
     """Tile sizes and warps: registers hold a tile of keys and one of values, and later one of partial results."""
     padded_group, padded_dim = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
-    num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 4), 16)
+    num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 2), 16)
     sizes = {
-        "LINES": max(triton.next_power_of_2(group + 1), LEAST_LINES),
+        "LINES": max(padded_group, LEAST_LINES),
         "PADDED_GROUP": padded_group,
         "PADDED_DIM": max(padded_dim, 16),
         "TILE": TILE,
-        "REDUCE_TILE": min(max(num_warps * 32 * REGISTERS // (padded_group * padded_dim), 4), 16),
+        "REDUCE_TILE": PARTS,
     }
     return sizes, num_warps

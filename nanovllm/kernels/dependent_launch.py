@@ -45,24 +45,20 @@ def wait_for_previous_kernel(OVERLAPS: tl.constexpr):
         gdc_wait()
 
 
-@triton.jit
-def bring_into_cache(first, length, share, shares, SHARE_LINES: tl.constexpr):
-    """Ask the memory for one of ``shares`` equal shares of ``length`` elements, for whoever reads them later.
+@cache
+def has_descriptors(device: torch.device) -> bool:
+    """Whether kernels can have a tile of a tensor copied to shared memory as a whole (from Hopper on).
 
-    A share must take no more than ``SHARE_LINES`` lines of the second-level cache, 128 bytes each.
+    It takes fewer instructions and registers than loads do. And what loads have asked a multiprocessor for seems to
+    come in the order in which it was asked for: behind all that programs of the next kernel want already, the few
+    values that a kernel has waited for come late. Tiles do not stand in that queue.
     """
-    per_line: tl.constexpr = 1024 // first.dtype.element_ty.primitive_bitwidth
-    lines = (length + per_line - 1) // per_line
-    line = share * tl.cdiv(lines, shares) + tl.arange(0, SHARE_LINES)
-    address = (first + tl.minimum(line, lines - 1) * per_line).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
+    return SINCE_TRITON_3_5 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """What a kernel with the constant ``OVERLAPS`` is launched with: to overlap where the device can."""
-    if SINCE_TRITON_3_5 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if has_descriptors(device):
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}

@@ -1,26 +1,43 @@
 """A linear layer of few rows with what surrounds it: the norm before it, the gate or the residual stream behind it.
 
-With few rows a step is a matter of reading the weights. Every program asks for its part of the weight first, all of it
-at once, and only then waits for the kernel before it to end: the memory stays busy from one layer to the next.
+With few rows a step is a matter of reading the weights, and of how long each kernel takes once the one before it has
+ended. So every program asks for its part of the weight first, all of it at once, and only then waits for the kernel
+before. What is left to do is a product on the matrix units, with as few instructions as there can be.
+
+These multiply tiles of at least 16 x 16 by 16 x 8, far more than one row needs. A row of x is therefore cut into
+``FOLD`` pieces, the columns of the second factor, and so is each line of the weight, without being moved: the pieces of
+a line are lines of the first factor. Of all the products those of the same piece are wanted, and added up.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.decode_work import multiprocessors
 from nanovllm.kernels.dependent_launch import (
-    bring_into_cache,
+    SINCE_TRITON_3_5,
+    has_descriptors,
     launch_options,
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
 from nanovllm.kernels.rms_norm import rms_norm_reference
 
-# Elements of the weight, of the gate's and of the other half together, that a program holds in registers.
-ELEMENTS = 8192
-NUM_WARPS = 2
-# Bytes that are asked for ahead of their use at most: a second-level cache has room for them besides what it holds.
-MOST_UPCOMING = 16 << 20
+# Pieces of a line (no earlier Triton multiplies by fewer than 16 columns), and the most elements of one. Longer lines
+# are multiplied element by element: fewer of the products would be wanted, and reading the weight takes longer anyway.
+LEAST_FOLD = 8 if SINCE_TRITON_3_5 else 16
+MOST_FOLD = 16
+MOST_OF_A_PIECE = 512
+# Lines of the weight that a program takes; half as many where that leaves a tenth of the multiprocessors or more idle,
+# or where they have more than ELEMENTS elements, of the gate's half and of the other one together.
+MOST_OUTPUTS = 16
+ELEMENTS = 32768
+# Of these, what a warp keeps in registers.
+WARP_ELEMENTS = 4096
+# Whether a kernel that holds the next one back reads its weight by ordinary loads.
+BACK_BY_LOADS = True
 
 
 @triton.jit
@@ -34,52 +51,76 @@ def _fused_linear_kernel(
     residual,
     residual_stride,
     out,
-    upcoming,
-    UPCOMING: tl.constexpr,
-    UPCOMING_LINES: tl.constexpr,
     ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    INPUT_TILE: tl.constexpr,
+    FOLD: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECE_TILE: tl.constexpr,
     OUTPUT_TILE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    BY_TILES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    HOLDS_BACK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    output = tl.program_id(0) * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
-    column = tl.arange(0, INPUT_TILE)
+    if not HOLDS_BACK:
+        let_next_kernel_start(OVERLAPS)
+    HALVES: tl.constexpr = 2 if GATED else 1
+    FACTOR_LINES: tl.constexpr = HALVES * OUTPUT_TILE * FOLD
+    first = tl.program_id(0) * OUTPUT_TILE
+    output = first + tl.arange(0, OUTPUT_TILE)
     is_output = output < OUTPUTS
-    is_input = column < INPUTS
-    offset = output.to(tl.int64)[:, None] * INPUTS + column[None, :]
-    mask = is_output[:, None] & is_input[None, :]
-    part = tl.load(weight + offset, mask=mask, other=0.0)  # [outputs, inputs]
-    if GATED:
-        up_part = tl.load(weight + OUTPUTS * INPUTS + offset, mask=mask, other=0.0)
+    piece = tl.arange(0, FOLD)
+    place = tl.arange(0, PIECE_TILE)
+    column = piece[:, None] * PIECE + place[None, :]  # [pieces, places]
+    is_input = (place < PIECE)[None, :] & (column < INPUTS)
+    if DESCRIBED:
+        if GATED:
+            part = tl.reshape(weight.load([0, first * FOLD, 0]), [FACTOR_LINES, PIECE_TILE])
+        else:
+            part = weight.load([first * FOLD, 0])
+    else:
+        half = tl.arange(0, HALVES)
+        line = half[:, None] * OUTPUTS + output[None, :]
+        offset = line.to(tl.int64)[:, :, None, None] * INPUTS + column[None, None, :, :]
+        mask = is_output[None, :, None, None] & is_input[None, None, :, :]
+        part = tl.load(weight + offset, mask=mask, other=0.0, eviction_policy="evict_first")
+        part = tl.reshape(part, [FACTOR_LINES, PIECE_TILE])
     if HAS_NORM:
         factors = tl.load(norm_weight + column, mask=is_input, other=0.0).to(tl.float32)
     if HAS_BIAS:
         added = tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)
-    if UPCOMING > 0:
-        bring_into_cache(upcoming, UPCOMING, tl.program_id(0), tl.num_programs(0), UPCOMING_LINES)
-    let_next_kernel_start(OVERLAPS)
+    if HOLDS_BACK:
+        let_next_kernel_start(OVERLAPS)
     wait_for_previous_kernel(OVERLAPS)
 
     dtype: tl.constexpr = out.dtype.element_ty
     for row in tl.static_range(ROWS):
-        values = tl.load(x + row * x_stride + column, mask=is_input, other=0.0).to(tl.float32)
+        values = tl.load(x + row * x_stride + column, mask=is_input, other=0.0)
         if HAS_RESIDUAL:
             stream = tl.load(residual + row * residual_stride + output, mask=is_output, other=0.0).to(tl.float32)
         if HAS_NORM:  # rounded wherever the layer rounds: before the weight, and after it
-            scale = tl.rsqrt(tl.sum(values * values, axis=0) / INPUTS + eps)
-            values = ((values * scale).to(dtype).to(tl.float32) * factors).to(dtype).to(tl.float32)
-        result = tl.sum(part.to(tl.float32) * values[None, :], axis=1)
+            values = values.to(tl.float32)
+            squares = tl.sum(tl.reshape(values * values, [FOLD * PIECE_TILE]), axis=0)
+            scale = tl.rsqrt(squares / INPUTS + eps)
+            values = ((values * scale).to(dtype).to(tl.float32) * factors).to(dtype)
+        if BY_TILES:
+            products = tl.dot(part, tl.trans(values))  # [pieces of the weight's lines, pieces of x]
+            products = tl.reshape(products, [HALVES * OUTPUT_TILE, FOLD, FOLD])
+            is_same_piece = piece[None, :, None] == piece[None, None, :]
+            result = tl.sum(tl.sum(tl.where(is_same_piece, products, 0.0), axis=2), axis=1)
+        else:
+            lines = tl.reshape(part, [HALVES * OUTPUT_TILE, FOLD * PIECE_TILE]).to(tl.float32)
+            result = tl.sum(lines * tl.reshape(values, [FOLD * PIECE_TILE]).to(tl.float32)[None, :], axis=1)
         if HAS_BIAS:
             result += added
         result = result.to(dtype).to(tl.float32)
         if GATED:
-            up = tl.sum(up_part.to(tl.float32) * values[None, :], axis=1).to(dtype).to(tl.float32)
+            result, up = tl.split(tl.trans(tl.reshape(result, [2, OUTPUT_TILE])))
             result = (result / (1.0 + tl.exp(-result))).to(dtype).to(tl.float32) * up
         if HAS_RESIDUAL:
             result += stream
@@ -95,7 +136,7 @@ def fused_linear(
     residual: torch.Tensor | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
-    upcoming: torch.Tensor | None = None,
+    holds_back: bool = False,
 ) -> torch.Tensor:
     """``residual + norm(x) W^T + bias``, or ``silu(gate) * up`` of a ``W`` that holds both, one above the other.
 
@@ -108,8 +149,8 @@ def fused_linear(
         residual: [rows, outputs], of x's dtype, added to the result; the last dimension is packed.
         gated: Whether the weight is that of a gated MLP, the gate's half first.
         out: [rows, outputs], of x's dtype, contiguous: where the result goes; None for a new tensor.
-        upcoming: A weight that is needed after the next kernels. While this one waits, the memory has nothing to do
-            where those two have no more room for what they read: it is asked for what comes then. Contiguous.
+        holds_back: Whether the next kernel may start only once this one has its weight, so that what it reads does not
+            delay what kernels before it still have to read.
 
     Returns:
         [rows, outputs], of x's dtype, rounded between the operations as separate ones would.
@@ -122,25 +163,21 @@ def fused_linear(
     assert out.is_contiguous()
     assert out.dtype == x.dtype
     if rows > 0:
-        sizes, num_warps = _launch_sizes(inputs, x.element_size(), gated)
-        options = launch_options(x.device)
-        programs = triton.cdiv(outputs, sizes["OUTPUT_TILE"])
-        length = 0
-        if upcoming is not None and options["OVERLAPS"]:
-            length = min(upcoming.numel(), MOST_UPCOMING // upcoming.element_size())
-        _fused_linear_kernel[(programs,)](
+        sizes, num_warps = _launch_sizes(inputs, outputs, gated, x.element_size(), multiprocessors(x.device))
+        piece_bytes = sizes["PIECE"] * x.element_size()
+        described = has_descriptors(x.device) and sizes["PIECE"] * sizes["FOLD"] == inputs
+        described = described and piece_bytes % 16 == 0 and weight.data_ptr() % 16 == 0
+        described = described and not (holds_back and BACK_BY_LOADS)
+        _fused_linear_kernel[(triton.cdiv(outputs, sizes["OUTPUT_TILE"]),)](
             x,
             x.stride(0),
             norm_weight,
             eps,
-            weight,
+            _describe(weight, sizes, gated) if described else weight,
             bias,
             residual,
             0 if residual is None else residual.stride(0),
             out,
-            upcoming if length else None,
-            UPCOMING=length,
-            UPCOMING_LINES=_lines_of_a_share(length * x.element_size(), programs),
             ROWS=rows,
             INPUTS=inputs,
             OUTPUTS=outputs,
@@ -148,8 +185,10 @@ def fused_linear(
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             GATED=gated,
+            DESCRIBED=described,
+            HOLDS_BACK=holds_back,
             **sizes,
-            **options,
+            **launch_options(x.device),
             num_warps=num_warps,
         )
     return out
@@ -164,7 +203,7 @@ def fused_linear_reference(
     residual: torch.Tensor | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
-    upcoming: torch.Tensor | None = None,
+    holds_back: bool = False,
 ) -> torch.Tensor:
     """:func:`fused_linear` by torch's operators."""
     if norm_weight is not None:
@@ -177,15 +216,35 @@ def fused_linear_reference(
     return y if out is None else out.copy_(y)
 
 
-def _lines_of_a_share(length: int, shares: int) -> int:
-    """Lines of the second-level cache, rounded up to a power of two, of a share of ``length`` bytes; 0 of nothing."""
-    return triton.next_power_of_2(triton.cdiv(triton.cdiv(length, 128), shares)) if length else 0
+def _describe(weight: torch.Tensor, sizes: dict[str, int], gated: bool) -> Any:
+    """A weight for the engine that copies tiles of it to shared memory, its lines in pieces below one another."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    lines, fold = weight.shape[0], sizes["FOLD"]
+    tile = [sizes["OUTPUT_TILE"] * fold, sizes["PIECE_TILE"]]
+    if gated:
+        return TensorDescriptor.from_tensor(weight.view(2, lines // 2 * fold, sizes["PIECE"]), [2, *tile])
+    return TensorDescriptor.from_tensor(weight.view(lines * fold, sizes["PIECE"]), tile)
 
 
-def _launch_sizes(inputs: int, itemsize: int, gated: bool) -> tuple[dict[str, int], int]:
+def _launch_sizes(inputs: int, outputs: int, gated: bool, itemsize: int, processors: int) -> tuple[dict[str, int], int]:
     """Tile sizes and warps: whole lines of the weight, as many as registers take."""
-    input_tile = triton.next_power_of_2(inputs)
-    lines = ELEMENTS * 2 // itemsize // input_tile
-    sizes = {"INPUT_TILE": input_tile, "OUTPUT_TILE": max(lines // 2 if gated else lines, 1)}
-    held = input_tile * sizes["OUTPUT_TILE"] * (2 if gated else 1) * itemsize
-    return sizes, min(max(NUM_WARPS, held // (2 * ELEMENTS) * NUM_WARPS), 16)
+    fold = LEAST_FOLD
+    while triton.cdiv(inputs, fold) > MOST_OF_A_PIECE:
+        fold *= 2
+    piece = triton.cdiv(inputs, fold)
+    tile = max(triton.next_power_of_2(piece), 16)
+    halves = 2 if gated else 1
+    by_tiles = itemsize < 4 and fold <= MOST_FOLD
+    least = max(1, 64 // (fold * halves)) if by_tiles else 1  # of tiles, one for each of four warps
+    output_tile = MOST_OUTPUTS
+    while output_tile > least and (
+        halves * output_tile * fold * tile * itemsize > 2 * ELEMENTS
+        or triton.cdiv(outputs, output_tile) * 10 < 9 * processors
+    ):
+        output_tile //= 2
+    lines = halves * output_tile * fold
+    most_warps = min(lines // 16, 16) if by_tiles else 16
+    num_warps = min(max(lines * tile * itemsize // (2 * WARP_ELEMENTS), 4), most_warps)
+    sizes = {"FOLD": fold, "PIECE": piece, "PIECE_TILE": tile, "OUTPUT_TILE": output_tile, "BY_TILES": by_tiles}
+    return sizes, num_warps

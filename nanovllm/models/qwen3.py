@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -105,7 +104,6 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config, parallel, dtype, device)
         # Several ranks add up the products of theirs before the residual stream is added.
         self.fused_linear = kernels.load("fused_linear", device, dtype) if parallel.size == 1 else None
-        self.prefetches = kernels.is_enabled("prefetch")
 
     def forward(
         self,
@@ -114,14 +112,13 @@ class Qwen3DecoderLayer(nn.Module):
         rotation: Rotation,
         attention: AttentionStep,
         rows: torch.Tensor | None = None,
-        following: "Qwen3DecoderLayer | None" = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The stream is ``hidden + residual`` before and after; ``hidden`` alone where ``residual`` is None.
 
-        With ``rows`` int64 [n], only those tokens go on after attention. ``following`` is the next layer.
+        With ``rows`` int64 [n], only those tokens go on after attention.
         """
         if self.fused_linear is not None and residual is None and hidden.shape[0] <= kernels.FEW_ROWS:
-            return self._forward_few_rows(self.fused_linear, hidden, rotation, attention, rows, following), None
+            return self._forward_few_rows(self.fused_linear, hidden, rotation, attention, rows), None
         hidden, residual = self.input_layernorm.add(hidden, residual)
         attended = self.self_attn.attend(self.self_attn.qkv_proj(hidden), rotation, attention)
         if rows is not None:
@@ -136,7 +133,6 @@ class Qwen3DecoderLayer(nn.Module):
         rotation: Rotation,
         attention: AttentionStep,
         rows: torch.Tensor | None,
-        following: "Qwen3DecoderLayer | None",
     ) -> torch.Tensor:
         """The same with the norms, the gate and the residual additions inside the products' kernels."""
         attn, mlp, norms = self.self_attn, self.mlp, (self.input_layernorm, self.post_attention_layernorm)
@@ -145,11 +141,9 @@ class Qwen3DecoderLayer(nn.Module):
         attended = attn.attend(qkv, rotation, attention)
         if rows is not None:
             attended, stream = attended.index_select(0, rows), stream.index_select(0, rows)
-        # The next two wait while attention computes, which leaves the memory idle.
-        down = mlp.down_proj.weight if self.prefetches else None
-        qkv_proj = following.self_attn.qkv_proj.weight if self.prefetches and following is not None else None
-        stream = fused_linear(attended, attn.o_proj.weight, attn.o_proj.bias, residual=stream, upcoming=down)
-        gated = fused_linear(stream, mlp.gate_up_proj.weight, **second, gated=True, upcoming=qkv_proj)
+        # The kernels behind the output projection are held back while attention has keys and values to read.
+        stream = fused_linear(attended, attn.o_proj.weight, attn.o_proj.bias, residual=stream, holds_back=True)
+        gated = fused_linear(stream, mlp.gate_up_proj.weight, **second, gated=True)
         return fused_linear(gated, mlp.down_proj.weight, residual=stream)
 
 
@@ -181,9 +175,9 @@ class Qwen3Model(nn.Module):
     ) -> torch.Tensor:
         rotation = self.rotary(positions)  # once a step: all layers turn by the same angles
         hidden, residual = self.embed_tokens(token_ids), None
-        last = self.layers[-1]
-        for layer, following in pairwise(self.layers):
-            hidden, residual = layer(hidden, residual, rotation, attention, following=following)
+        *others, last = self.layers
+        for layer in others:
+            hidden, residual = layer(hidden, residual, rotation, attention)
         hidden, residual = last(hidden, residual, rotation, attention, rows)
         return self.norm.add(hidden, residual)[0]
 
