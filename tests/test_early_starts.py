@@ -17,7 +17,12 @@ if torch.cuda.is_available() or not is_interpreted():
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.dependent_launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from nanovllm.kernels.dependent_launch import (
+    SINCE_TRITON_3_5,
+    launch_options,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 from tests.early_starts import Recorder, recorded
 from tests.test_cuda_graphs import PROMPTS, all_kernels, open_captured
 from tests.threads import one_thread  # noqa: F401
@@ -70,12 +75,12 @@ class TestWhatIsNoticed:
         assert found[1].startswith("no program of _add_one waits")
 
 
-def run_engine(checkpoint: Path, prompts: list[list[int]]) -> Recorder:
-    """Prompts, then decode steps launched one by one and captured ones."""
+def run_engine(checkpoint: Path, prompts: list[list[int]], describes: bool = False) -> Recorder:
+    """Prompts, then decode steps launched one by one and captured ones; tiles come whole if ``describes``."""
     with (
         pytest.MonkeyPatch.context() as monkeypatch,
         all_kernels(monkeypatch),
-        recorded() as recorder,
+        recorded(describes=describes) as recorder,
         open_captured(checkpoint, max_num_seqs=len(prompts)) as llm,
     ):
         llm.generate(prompts, GREEDY, use_tqdm=False)
@@ -99,6 +104,14 @@ def test_no_step_of_few_rows_reads_what_is_being_written(few_rows: Recorder) -> 
     assert {"_decode_few_rows_kernel", "_fused_linear_kernel", "_draw_kernel"} <= early_names(few_rows)
     ahead = [one for one in few_rows.launches if one.kernel in ("_decode_few_rows_kernel", "_fused_linear_kernel")]
     assert all(launch.read_early for launch in ahead)  # to be early is of some use
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SINCE_TRITON_3_5, reason="no earlier Triton is asked for descriptors")
+def test_nor_does_one_whose_weights_are_copied_by_tiles(tiny_checkpoint: Path, few_rows: Recorder) -> None:
+    described = run_engine(tiny_checkpoint, PROMPTS[-2:], describes=True)
+    assert described.problems() == []
+    assert len(described.launches) == len(few_rows.launches)
 
 
 @pytest.mark.slow

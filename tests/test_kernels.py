@@ -18,8 +18,10 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 if not torch.cuda.is_available() and not is_interpreted():
     pytest.skip("TRITON_INTERPRET is not 1, and there is no GPU", allow_module_level=True)
 
+from nanovllm.kernels import fused_linear as fused_linear_module
 from nanovllm.kernels.decode_inputs import decode_inputs, decode_inputs_reference
 from nanovllm.kernels.decode_outputs import decode_outputs, decode_outputs_reference
+from nanovllm.kernels.dependent_launch import SINCE_TRITON_3_5
 from nanovllm.kernels.fused_linear import fused_linear, fused_linear_reference
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_reference
@@ -118,6 +120,7 @@ def test_fused_linear(rows, inputs, outputs, dtype, padding, kind, seed):
     torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.skipif(not SINCE_TRITON_3_5, reason="no earlier Triton is asked for descriptors")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", ["norm gated", "bias residual"])
 def test_fused_linear_reads_tiles_by_descriptors(kind, dtype, monkeypatch):
@@ -125,6 +128,27 @@ def test_fused_linear_reads_tiles_by_descriptors(kind, dtype, monkeypatch):
     if DEVICE.type == "cpu":
         monkeypatch.setattr("nanovllm.kernels.fused_linear.has_descriptors", lambda device: True)
     test_fused_linear.hypothesis.inner_test(3, 448, 37, dtype, 0, kind, 0)
+
+
+@given(
+    inputs=st.integers(1, 32768) | st.sampled_from((1024, 2048, 3072, 4096, 5120, 12288, 25600)),
+    outputs=st.integers(1, 200_000) | st.sampled_from((1024, 4096, 5120)),
+    gated=st.booleans(),
+    itemsize=st.sampled_from((2, 4)),
+    processors=st.sampled_from((4, 20, 132, 148)),
+)
+@examples(500)
+def test_sizes_of_fused_linear_are_those_a_gpu_can_take(inputs, outputs, gated, itemsize, processors):
+    sizes, warps = fused_linear_module._launch_sizes(inputs, outputs, gated, itemsize, processors)
+    lines = (2 if gated else 1) * sizes["OUTPUT_TILE"] * sizes["FOLD"]
+    assert sizes["FOLD"] * sizes["PIECE"] >= inputs > sizes["FOLD"] * (sizes["PIECE"] - 1)
+    assert sizes["PIECE_TILE"] >= sizes["PIECE"]
+    assert sizes["OUTPUT_TILE"] * sizes["FOLD"] <= 256  # lines of a box that is copied as a whole
+    assert lines * sizes["PIECE_TILE"] * itemsize <= warps * 32 * 4 * 160  # registers that hold it
+    assert warps in (4, 8, 16)
+    if sizes["BY_TILES"]:
+        assert lines % (16 * warps) == 0
+        assert lines * sizes["PIECE_TILE"] * itemsize <= 64 << 10  # shared memory, through which they are rearranged
 
 
 def test_fused_linear_gives_a_row_the_same_whatever_rows_are_beside_it():

@@ -18,7 +18,7 @@ from nanovllm.engine.cuda_graphs import CudaCapture
 # By what they are called: values of constants of modules in nanovllm/kernels.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "as it is": {},
-    "held back by descriptors": {"fused_linear": {"BACK_BY_LOADS": False}},
+    "weights by loads": {"fused_linear": {"has_descriptors": lambda device: False}},
     "8 outputs a program": {"fused_linear": {"MOST_OUTPUTS": 8}},
     "32 outputs a program": {"fused_linear": {"MOST_OUTPUTS": 32, "ELEMENTS": 65536}},
     "8192 elements a warp": {"fused_linear": {"WARP_ELEMENTS": 8192}},

@@ -209,7 +209,7 @@ def bench_process(
 
 def check_hf(check: Check) -> None:
     """transformers' continuous batching on the same requests; where that is not to be had, its padded batches."""
-    sizes = (2,) if check.quick else (32, 64, 128)
+    sizes = (2,) if check.quick else (8, 16, 32, 64, 128)
     lengths = "8-16:4-8" if check.quick else "100-1024:100-1024"
     options, limit, seconds = ["--separately"], 200.0, 0.0
     if hasattr(transformers.generation, "ContinuousBatchingConfig"):

@@ -36,8 +36,6 @@ MOST_OUTPUTS = 16
 ELEMENTS = 32768
 # Of these, what a warp keeps in registers.
 WARP_ELEMENTS = 4096
-# Whether a kernel that holds the next one back reads its weight by ordinary loads.
-BACK_BY_LOADS = True
 
 
 @triton.jit
@@ -164,10 +162,7 @@ def fused_linear(
     assert out.dtype == x.dtype
     if rows > 0:
         sizes, num_warps = _launch_sizes(inputs, outputs, gated, x.element_size(), multiprocessors(x.device))
-        piece_bytes = sizes["PIECE"] * x.element_size()
-        described = has_descriptors(x.device) and sizes["PIECE"] * sizes["FOLD"] == inputs
-        described = described and piece_bytes % 16 == 0 and weight.data_ptr() % 16 == 0
-        described = described and not (holds_back and BACK_BY_LOADS)
+        described = has_descriptors(x.device) and _can_be_described(weight, sizes, gated)
         _fused_linear_kernel[(triton.cdiv(outputs, sizes["OUTPUT_TILE"]),)](
             x,
             x.stride(0),
@@ -216,8 +211,20 @@ def fused_linear_reference(
     return y if out is None else out.copy_(y)
 
 
+def _can_be_described(weight: torch.Tensor, sizes: dict[str, int], gated: bool) -> bool:
+    """Whether pieces lie as descriptors want them, and shared memory, of which GPUs have 99 KiB or more, has room."""
+    piece_bytes = sizes["PIECE"] * weight.element_size()
+    lines = (2 if gated else 1) * sizes["OUTPUT_TILE"] * sizes["FOLD"]
+    return (
+        sizes["PIECE"] * sizes["FOLD"] == weight.shape[1]
+        and piece_bytes % 16 == 0
+        and weight.data_ptr() % 16 == 0
+        and lines * sizes["PIECE_TILE"] * weight.element_size() <= 64 << 10
+    )
+
+
 def _describe(weight: torch.Tensor, sizes: dict[str, int], gated: bool) -> Any:
-    """A weight for the engine that copies tiles of it to shared memory, its lines in pieces below one another."""
+    """A weight whose tiles can be copied to shared memory as a whole, its lines in pieces below one another."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     lines, fold = weight.shape[0], sizes["FOLD"]
