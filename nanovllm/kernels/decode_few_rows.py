@@ -23,7 +23,7 @@ from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 
 # Tokens of a program: their keys and values stay in registers.
 TILE = 64
-# Registers of a thread that hold them.
+# Registers of a thread that hold them: half as many of float32, whose products take more of the others.
 REGISTERS = 128
 # Partial results of a head that are combined at a time, to begin with.
 PARTS = 4
@@ -31,7 +31,7 @@ PARTS = 4
 LEAST_LINES = 8 if SINCE_TRITON_3_5 else 16
 # Heads that may share a key-value head.
 MOST_GROUP = 8
-# Programs launched for a multiprocessor at most, as many as run at a time; each goes on that many items.
+# Programs launched for a multiprocessor at most, fewer than could run at a time; each goes on that many items.
 PROGRAMS_PER_SM = 2
 
 # Scores of what is not there: finite, so that their differences are numbers.
@@ -364,7 +364,8 @@ def decode_few_rows_reference(
 def _launch_sizes(group: int, head_dim: int, itemsize: int) -> tuple[dict[str, int], int]:
     """Tile sizes and warps: registers hold a tile of keys and one of values, and later one of partial results."""
     padded_group, padded_dim = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
-    num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * REGISTERS), 2), 16)
+    registers = REGISTERS if itemsize < 4 else REGISTERS // 2
+    num_warps = min(max(2 * TILE * padded_dim * itemsize // (32 * 4 * registers), 2), 16)
     sizes = {
         "LINES": max(padded_group, LEAST_LINES),
         "PADDED_GROUP": padded_group,
