@@ -14,6 +14,7 @@ import torch
 
 from nanovllm.kernels import FEATURES, is_enabled
 from nanovllm.utils.random_checkpoint import parameter_shapes, random_config
+from nanovllm.utils.random_shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 STAGES = [
@@ -280,11 +281,25 @@ class TestSettingsOfFewRows:
     def test_each_is_of_a_constant_there_is_and_another_value(self, stage: ModuleType) -> None:
         pytest.importorskip("triton", reason="triton is not installed")
         for name, settings in stage.SETTINGS.items():
-            before = {module: importlib.import_module(f"nanovllm.kernels.{module}") for module in settings}
-            values = {m: {constant: getattr(before[m], constant) for constant in settings[m]} for m in settings}
-            assert values != settings or not settings, name
+            modules = {module: importlib.import_module(f"nanovllm.kernels.{module}") for module in settings}
+            places = [(modules[module], key) for module, values in settings.items() for key in values]
+            before = [getattr(*place) for place in places]
             with stage.changed(settings):
-                assert {m: {c: getattr(before[m], c) for c in settings[m]} for m in settings} == settings
+                assert all(getattr(*place) != value for place, value in zip(places, before, strict=True)), name
+            assert [getattr(*place) for place in places] == before
+
+    def test_the_output_projection_alone_is_multiplied_element_by_element(self, stage: ModuleType) -> None:
+        fused_linear = pytest.importorskip("nanovllm.kernels.fused_linear", reason="triton is not installed")
+        shape = SHAPES["qwen3-0.6b"]
+        hidden, intermediate = shape["hidden_size"], shape["intermediate_size"]
+        products = [(hidden, 4096), (shape["num_attention_heads"] * 128, hidden), (intermediate, hidden)]
+
+        def are_by_tiles() -> list[bool]:
+            return [fused_linear._launch_sizes(*product, False, 2, 132)[0]["BY_TILES"] for product in products]
+
+        assert are_by_tiles() == [True, True, True]
+        with stage.changed(stage.SETTINGS["output projection by loads, element by element"]):
+            assert are_by_tiles() == [True, False, True]
 
     @pytest.mark.slow
     def test_steps_are_captured_anew_by_them(

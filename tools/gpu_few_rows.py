@@ -2,10 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -15,9 +15,37 @@ from gpu_speed import model_config, model_folder
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.cuda_graphs import CudaCapture
 
-# By what they are called: values of constants of modules in nanovllm/kernels.
+ATTENDED = 2048  # inputs of the output projection of the model that is measured, and of no other product
+
+
+class Instead(NamedTuple):
+    """A value made of the one that is there."""
+
+    made_of: Callable[[Any], Any]
+
+
+def one_by_one(launch_sizes: Callable[..., Any]) -> Callable[..., Any]:
+    """Sizes with which the output projection is multiplied element by element."""
+
+    def instead(inputs: int, *rest: Any) -> Any:
+        with changed({"fused_linear": {"MOST_FOLD": 0}} if inputs == ATTENDED else {}):
+            return launch_sizes(inputs, *rest)
+
+    return instead
+
+
+def by_loads(can_be_described: Callable[..., bool]) -> Callable[..., bool]:
+    """The output projection's weight comes by ordinary loads."""
+    return lambda weight, *rest: weight.shape[1] != ATTENDED and can_be_described(weight, *rest)
+
+
+# By what they are called: values of what modules in nanovllm/kernels call by a name.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "as it is": {},
+    "output projection by loads": {"fused_linear": {"_can_be_described": Instead(by_loads)}},
+    "output projection by loads, element by element": {
+        "fused_linear": {"_can_be_described": Instead(by_loads), "_launch_sizes": Instead(one_by_one)}
+    },
     "weights by loads": {"fused_linear": {"has_descriptors": lambda device: False}},
     "8 outputs a program": {"fused_linear": {"MOST_OUTPUTS": 8}},
     "32 outputs a program": {"fused_linear": {"MOST_OUTPUTS": 32, "ELEMENTS": 65536}},
@@ -65,10 +93,13 @@ def check_few_rows(check: Check) -> None:
 
 @contextmanager
 def changed(settings: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Constants of kernel modules, by module and name, for as long as the context lasts."""
+    """Other values in kernel modules, by module and name, for as long as the context lasts."""
     with ExitStack() as stack:
-        for module, values in settings.items():
-            stack.enter_context(patch.multiple(import_module(f"nanovllm.kernels.{module}"), **values))
+        for name, values in settings.items():
+            module = import_module(f"nanovllm.kernels.{name}")
+            for key, value in values.items():
+                new = value.made_of(getattr(module, key)) if isinstance(value, Instead) else value
+                stack.enter_context(patch.object(module, key, new))
         yield
 
 
