@@ -16,6 +16,7 @@ from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.text import counted, kind_of
 from nanovllm.utils.validation import unknown_argument
+from nanovllm.utils.vllm_arguments import ATTRIBUTES, OF_CALLS, check_of_call
 
 if TYPE_CHECKING:  # typing has it from Python 3.11 on
     from typing_extensions import Unpack
@@ -134,6 +135,14 @@ class LLM:
             **unknown,
         )
         self._engine: LLMEngine | None = LLMEngine(config)
+
+    if not TYPE_CHECKING:  # a type checker that saw it would let every name pass
+
+        def __getattr__(self, name: str) -> Any:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in ATTRIBUTES:
+                raise AttributeError(f"{message}: {ATTRIBUTES[name]}")
+            raise AttributeError(message, name=name, obj=self)  # with both, Python suggests a name like it
 
     @property
     def engine(self) -> LLMEngine:
@@ -410,8 +419,14 @@ class LLM:
     def _no_unknown(
         self, method: Callable[..., Any], gathered: Mapping[str, Any], known: Set[str] = frozenset()
     ) -> None:
-        """TypeError, saying where it belongs, if a method that gathers keywords was given any not ``known``."""
+        """TypeError, saying where it belongs, if a method that gathers keywords was given any not ``known``.
+
+        Those of vLLM's that ask for nothing may pass.
+        """
         for name in [name for name in gathered if name not in known]:
+            if name in OF_CALLS:
+                check_of_call(method.__name__, name, gathered[name])
+                continue
             parameters = inspect.signature(method).parameters.values()
             named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
             where = f"{method.__name__} has no argument {name!r}"
@@ -436,8 +451,9 @@ class LLM:
         options = template_options(tokenizer) or () if tokenizer is not None else ()
         return next(iter(difflib.get_close_matches(name, options, n=1, cutoff=0.8)), None)
 
-    def _render(self, messages: Any, options: ChatOptions) -> list[Any]:
-        """For each conversation its prompt, or what is wrong with it."""
+    def _render(self, messages: Any, options: Mapping[str, Any]) -> list[Any]:
+        """For each conversation its prompt, or what is wrong with it. Options that are none of ours ask for nothing."""
+        options = {name: value for name, value in options.items() if name not in OF_CALLS}
         tokenizer = self.get_tokenizer()
         if options.get("continue_final_message", False) and options.get("add_generation_prompt", True):
             raise ValueError("continue_final_message needs add_generation_prompt=False: it is one or the other")

@@ -1,6 +1,7 @@
 """What may be asked of LLM beyond plain generation: chat, streams, iterators, several completions, stops, aborts."""
 
 import gc
+import inspect
 import itertools
 import re
 import signal
@@ -22,9 +23,9 @@ from nanovllm.engine.metrics import percentiles
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.tokenizer import template_options
+from nanovllm.engine.tokenizer import ChatOptions, template_options
 from nanovllm.utils.progress import ProgressBar
-from nanovllm.utils.vllm_arguments import ELSEWHERE, INSTEAD
+from nanovllm.utils.vllm_arguments import ATTRIBUTES, ELSEWHERE, INSTEAD, OF_CALLS
 from tests.checkpoints import make_model
 from tests.simulation import interrupt_at_lines
 from tests.threads import one_thread  # noqa: F401
@@ -121,8 +122,11 @@ class TestChat:
         with pytest.raises(error, match=message):
             demo.chat(messages, use_tqdm=False)
 
-    def test_no_conversations_give_no_outputs(self, demo: LLM) -> None:
-        assert demo.chat([], use_tqdm=False) == []
+    def test_no_conversations_give_no_outputs_and_no_bar(self, demo: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+        assert demo.chat([]) == demo.generate([]) == []
+        assert capsys.readouterr().err == ""
+        demo.generate("hello", greedy(1))
+        assert "Generating: 100%" in capsys.readouterr().err
 
     def test_options_that_contradict_each_other_or_are_misspelt(self, demo: LLM) -> None:
         with pytest.raises(ValueError, match="continue_final_message needs add_generation_prompt=False"):
@@ -323,7 +327,7 @@ class TestArgumentsOfVllm:
     """Arguments that we lack are taken where they ask for nothing, and else refused with the reason."""
 
     def test_values_that_ask_for_nothing(self, tiny_checkpoint: Path) -> None:
-        arguments = {"trust_remote_code": False, "quantization": None, "swap_space": 4, "enable_chunked_prefill": True}
+        arguments = {"trust_remote_code": True, "quantization": None, "swap_space": 4, "enable_chunked_prefill": True}
         arguments |= {"generation_config": "auto", "enable_lora": False, "data_parallel_size": 1, "rope_scaling": {}}
         arguments |= {"max_seq_len_to_capture": 8192, "disable_custom_all_reduce": True, "compilation_config": 3}
         arguments |= {"tokenizer_revision": None, "speculative_config": None, "task": "generate", "hf_token": None}
@@ -362,6 +366,65 @@ class TestArgumentsOfVllm:
     def test_sampling_parameters(self, name: str, message: str) -> None:
         with pytest.raises(TypeError, match=f"SamplingParams has no argument '{name}': .*{message}"):
             SamplingParams(**{name: None})
+
+    def test_no_code_of_a_checkpoint_is_run_and_the_log_says_so(
+        self, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level("INFO", "nanovllm"):
+            make_tiny(tiny_checkpoint, trust_remote_code=False).close()
+            assert "trust_remote_code" not in caplog.text
+            make_tiny(tiny_checkpoint, trust_remote_code=True).close()
+        assert "trust_remote_code=True changes nothing: code that comes with a checkpoint is never run" in caplog.text
+
+    def test_keywords_of_calls_that_ask_for_nothing(self, demo: LLM) -> None:
+        nothing: dict[str, Any] = {"lora_request": None, "priority": [0], "tokenization_kwargs": {}}
+        nothing |= {"mm_processor_kwargs": None, "chat_template_content_format": "auto"}
+        without = demo.chat(QUESTION, greedy(4), use_tqdm=False)[0]
+        [output] = demo.chat(QUESTION, greedy(4), use_tqdm=False, **nothing)
+        assert output["token_ids"] == without["token_ids"]
+        [output] = demo.generate(without.prompt, greedy(4), use_tqdm=False, **nothing)
+        assert output["token_ids"] == without["token_ids"]
+        pieces = list(demo.stream_chat(QUESTION, greedy(4), **nothing))
+        assert pieces[-1].output["token_ids"] == without["token_ids"]
+        assert demo.render_chat(QUESTION, **nothing) == demo.render_chat(QUESTION)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("lora_request", object(), "merge the adapter into the checkpoint's weights first"),
+            ("lora_request", [None, object()], "merge the adapter"),
+            ("priority", [0, 1], "first come, first served"),
+            ("prompt_token_ids", [[1]], "pass the lists of token ids as prompts"),
+            ("chat_template_content_format", "openai", "leave it out"),
+        ],
+    )
+    def test_keywords_of_calls_that_ask_for_something(self, demo: LLM, name: str, value: Any, message: str) -> None:
+        for method, prompts in ((demo.generate, ["a", "b"]), (demo.chat, QUESTION)):
+            with pytest.raises(TypeError, match=f"{method.__name__} has no argument '{name}'; .*{message}"):
+                method(prompts, greedy(1), use_tqdm=False, **{name: value})
+
+    def test_keywords_and_attributes_of_vllm_are_none_of_ours(self) -> None:
+        ours = {name for method in (LLM.generate, LLM.chat) for name in inspect.signature(method).parameters}
+        assert not OF_CALLS.keys() & (ours | ChatOptions.__optional_keys__)
+        assert not ATTRIBUTES.keys() & set(dir(LLM))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("llm_engine", r"the engine is llm\.engine"),
+            ("encode", r"no embeddings, and token ids are llm\.get_tokenizer\(\)\.encode"),
+            ("beam_search", r"take the best of generate\(prompts, SamplingParams\(n=8, logprobs=0\)\)"),
+        ],
+    )
+    def test_attributes(self, demo: LLM, name: str, message: str) -> None:
+        assert not hasattr(demo, name)
+        with pytest.raises(AttributeError, match=f"^'LLM' object has no attribute '{name}': .*{message}"):
+            getattr(demo, name)
+
+    def test_other_attributes_are_python_s(self, demo: LLM) -> None:
+        with pytest.raises(AttributeError, match=r"^'LLM' object has no attribute 'generat'$") as caught:
+            demo.generat  # noqa: B018
+        assert (caught.value.name, caught.value.obj) == ("generat", demo)  # of which Python makes its suggestion
 
     def test_messages_are_not_prompts(self, demo: LLM) -> None:
         for prompts in (QUESTION, [QUESTION]):
