@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineConfig
@@ -184,6 +184,8 @@ class LLM:
             RuntimeError: The engine was closed, or a step failed in another thread, while the call ran.
         """
         self._no_unknown(self.generate, unknown)
+        if isinstance(prompts, Iterator):
+            raise TypeError(f"prompts is {kind_of(prompts)}; pass a list of prompts, or call generate_iter with it")
         prompt_list = as_prompt_list(prompts)
         return self._generate(prompt_list, _params_list(sampling_params, len(prompt_list)), use_tqdm, on_error)
 
@@ -231,7 +233,7 @@ class LLM:
         return prompts
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, **unknown: Any
     ) -> Generator[StreamOutput, None, None]:
         """Generate, and yield each new piece of text as it is made.
 
@@ -251,6 +253,7 @@ class LLM:
             ValueError: As :meth:`generate` does.
             RuntimeError: As :meth:`generate` does.
         """
+        self._no_unknown(self.stream, unknown)
         prompt_list = as_prompt_list(prompts)
         prepared = self._prepare(prompt_list, _params_list(sampling_params, len(prompt_list)), "raise")
         return calls.stream(self.engine, [request for request in prepared if isinstance(request, PreparedRequest)])
@@ -274,6 +277,7 @@ class LLM:
         ordered: bool = True,
         max_in_flight: int | None = None,
         on_error: str = "raise",
+        **unknown: Any,
     ) -> Generator[RequestOutput, None, None]:
         """Generate for prompts from an iterator, which may be endless, and yield the outputs as they finish.
 
@@ -293,6 +297,7 @@ class LLM:
             ValueError: As :meth:`generate` does.
             Exception: Whatever the iterator raises. All errors come after the outputs of the prompts before.
         """
+        self._no_unknown(self.generate_iter, unknown)
         _check_on_error(on_error)
         engine = self.engine
         room = max_in_flight if max_in_flight is not None else 2 * engine.config.max_num_seqs

@@ -111,10 +111,16 @@ def test_json_survives_any_console(capsys: pytest.CaptureFixture[str]) -> None:
             "nanovllm chat: error: argument --think: invalid choice: 'of'; did you mean 'off'?",
         ),
         (["serve"], "invalid choice: 'serve' (choose from "),
+        (
+            ["chat", "hello"],
+            "--model, and one question is answered by nanovllm generate --chat TEXT (see nanovllm chat",
+        ),
         (["bench", "--preset", "min"], "invalid choice: 'min'; did you mean 'mini'?"),
     ],
 )
-def test_a_misspelt_choice_is_told_the_nearest(argv: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_cannot_be_taken_are_told_what_was_meant(
+    argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(argv)
     assert ended.value.code == 2

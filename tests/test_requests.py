@@ -1,8 +1,10 @@
 """What may be asked of LLM beyond plain generation: chat, streams, iterators, several completions, stops, aborts."""
 
+import copy
 import gc
 import inspect
 import itertools
+import pickle
 import re
 import signal
 import threading
@@ -138,8 +140,26 @@ class TestChat:
                 method(QUESTION, continue_final_message=True)
             with pytest.raises(TypeError, match=r"_chat has no argument 'tool'; did you mean 'tools'"):
                 method(QUESTION, tool=[])
-        with pytest.raises(TypeError, match="generate has no argument 'sampling_param'; did you mean"):
-            demo.generate("x", sampling_param=None)
+        for text_method in (demo.generate, demo.stream, demo.generate_iter):
+            name = text_method.__name__
+            with pytest.raises(TypeError, match=f"^{name} has no argument 'sampling_param'; did you mean"):
+                text_method(["x"], sampling_param=None)
+            with pytest.raises(TypeError, match=rf"^{name} .* 'top_k'; it goes into SamplingParams\(top_k=\.\.\.\)"):
+                text_method(["x"], top_k=3)
+
+    def test_an_iterator_is_told_its_call(self, demo: LLM) -> None:
+        with pytest.raises(TypeError, match="prompts is a generator; pass a list of prompts, or call generate_iter"):
+            demo.generate(text for text in ("a", "b"))
+
+    def test_what_is_a_completion_s_is_told_its_place(self, demo: LLM) -> None:
+        [output] = demo.generate("x", greedy(1), use_tqdm=False)
+        for name in ("text", "token_ids", "finish_reason", "logprobs"):
+            with pytest.raises(AttributeError, match=rf"no attribute '{name}': .* output\.outputs\[0\]\.{name}$"):
+                getattr(output, name)
+        with pytest.raises(AttributeError, match=r"^'RequestOutput' object has no attribute 'promt'$") as caught:
+            output.promt  # noqa: B018
+        assert (caught.value.name, caught.value.obj) == ("promt", output)
+        assert copy.deepcopy(output) == pickle.loads(pickle.dumps(output)) == output
 
     @pytest.mark.parametrize(
         ("keyword", "hint"),
