@@ -19,10 +19,13 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Argparse's own lists all choices, and has a word for a near miss only from Python 3.14 on."""
+        """Argparse's own has a word for a near miss only from Python 3.14 on, and where it is told to."""
         choices = [choice for choice in action.choices or () if isinstance(choice, str)]
         if isinstance(value, str) and value not in choices and (near := nearest(value, choices)) is not None:
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; did you mean {near!r}?")
+            known = ", ".join(choices)
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}; did you mean {near!r}? (choose from {known})"
+            )
         super()._check_value(action, value)
 
 
