@@ -103,7 +103,7 @@ def test_json_survives_any_console(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["gen"],
-            "nanovllm: error: argument COMMAND: invalid choice: 'gen'; did you mean 'generate'? (choose from generate, ",
+            "nanovllm: error: argument COMMAND: invalid choice: 'gen'; did you mean 'generate'? (choose from ",
         ),
         (["profil"], "invalid choice: 'profil'; did you mean 'profile'?"),
         (
