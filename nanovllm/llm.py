@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineConfig
@@ -16,6 +16,7 @@ from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.text import counted, kind_of
 from nanovllm.utils.validation import unknown_argument
+from nanovllm.utils.vllm_arguments import ATTRIBUTES, OF_CALLS, check_of_call
 
 if TYPE_CHECKING:  # typing has it from Python 3.11 on
     from typing_extensions import Unpack
@@ -135,6 +136,14 @@ class LLM:
         )
         self._engine: LLMEngine | None = LLMEngine(config)
 
+    if not TYPE_CHECKING:  # a type checker that saw it would let every name pass
+
+        def __getattr__(self, name: str) -> Any:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in ATTRIBUTES:
+                raise AttributeError(f"{message}: {ATTRIBUTES[name]}")
+            raise AttributeError(message, name=name, obj=self)  # with both, Python suggests a name like it
+
     @property
     def engine(self) -> LLMEngine:
         """The engine behind the facade; RuntimeError after :meth:`close`."""
@@ -175,6 +184,8 @@ class LLM:
             RuntimeError: The engine was closed, or a step failed in another thread, while the call ran.
         """
         self._no_unknown(self.generate, unknown)
+        if isinstance(prompts, Iterator):
+            raise TypeError(f"prompts is {kind_of(prompts)}; pass a list of prompts, or call generate_iter with it")
         prompt_list = as_prompt_list(prompts)
         return self._generate(prompt_list, _params_list(sampling_params, len(prompt_list)), use_tqdm, on_error)
 
@@ -222,7 +233,7 @@ class LLM:
         return prompts
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, **unknown: Any
     ) -> Generator[StreamOutput, None, None]:
         """Generate, and yield each new piece of text as it is made.
 
@@ -242,6 +253,7 @@ class LLM:
             ValueError: As :meth:`generate` does.
             RuntimeError: As :meth:`generate` does.
         """
+        self._no_unknown(self.stream, unknown)
         prompt_list = as_prompt_list(prompts)
         prepared = self._prepare(prompt_list, _params_list(sampling_params, len(prompt_list)), "raise")
         return calls.stream(self.engine, [request for request in prepared if isinstance(request, PreparedRequest)])
@@ -265,6 +277,7 @@ class LLM:
         ordered: bool = True,
         max_in_flight: int | None = None,
         on_error: str = "raise",
+        **unknown: Any,
     ) -> Generator[RequestOutput, None, None]:
         """Generate for prompts from an iterator, which may be endless, and yield the outputs as they finish.
 
@@ -284,6 +297,7 @@ class LLM:
             ValueError: As :meth:`generate` does.
             Exception: Whatever the iterator raises. All errors come after the outputs of the prompts before.
         """
+        self._no_unknown(self.generate_iter, unknown)
         _check_on_error(on_error)
         engine = self.engine
         room = max_in_flight if max_in_flight is not None else 2 * engine.config.max_num_seqs
@@ -410,8 +424,14 @@ class LLM:
     def _no_unknown(
         self, method: Callable[..., Any], gathered: Mapping[str, Any], known: Set[str] = frozenset()
     ) -> None:
-        """TypeError, saying where it belongs, if a method that gathers keywords was given any not ``known``."""
+        """TypeError, saying where it belongs, if a method that gathers keywords was given any not ``known``.
+
+        Those of vLLM's that ask for nothing may pass.
+        """
         for name in [name for name in gathered if name not in known]:
+            if name in OF_CALLS:
+                check_of_call(method.__name__, name, gathered[name])
+                continue
             parameters = inspect.signature(method).parameters.values()
             named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
             where = f"{method.__name__} has no argument {name!r}"
@@ -436,8 +456,9 @@ class LLM:
         options = template_options(tokenizer) or () if tokenizer is not None else ()
         return next(iter(difflib.get_close_matches(name, options, n=1, cutoff=0.8)), None)
 
-    def _render(self, messages: Any, options: ChatOptions) -> list[Any]:
-        """For each conversation its prompt, or what is wrong with it."""
+    def _render(self, messages: Any, options: Mapping[str, Any]) -> list[Any]:
+        """For each conversation its prompt, or what is wrong with it. Options that are none of ours ask for nothing."""
+        options = {name: value for name, value in options.items() if name not in OF_CALLS}
         tokenizer = self.get_tokenizer()
         if options.get("continue_final_message", False) and options.get("add_generation_prompt", True):
             raise ValueError("continue_final_message needs add_generation_prompt=False: it is one or the other")

@@ -1,7 +1,7 @@
 """What a request gives back."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 @dataclass(slots=True)
@@ -104,6 +104,14 @@ class RequestOutput:
         if key not in self:
             raise KeyError(f"{key!r}; a RequestOutput answers 'text' and 'token_ids' (the rest are attributes)")
         return getattr(self.outputs[0], key)
+
+    if not TYPE_CHECKING:  # a type checker that saw it would let every name pass
+
+        def __getattr__(self, name: str) -> Any:
+            message = f"'RequestOutput' object has no attribute {name!r}"
+            if name in CompletionOutput.__dataclass_fields__:
+                raise AttributeError(f"{message}: it is a completion's, output.outputs[0].{name}")
+            raise AttributeError(message, name=name, obj=self)
 
 
 @dataclass(slots=True)

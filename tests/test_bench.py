@@ -155,6 +155,7 @@ def test_one_length_stands_for_a_range_of_one(bench: ModuleType) -> None:
         (["--preset", "mini"], ["16:64-256:64-128"]),
         (["--preset", "mini", "--num-requests", "4", "--shared-prefix", "9"], ["4:64-256:64-128:9"]),
         (["--prompt-len", "5-6", "--output-len", "7"], ["256:5-6:7-7"]),
+        (["--num-prompts", "8", "--input-len", "5", "--output-len", "7"], ["8:5-5:7-7"]),
         (["--workload", "1:2-3:4-5", "--workload", "6:7-8:9-10:11"], ["1:2-3:4-5", "6:7-8:9-10:11"]),
     ],
 )

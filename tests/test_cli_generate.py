@@ -35,6 +35,7 @@ def test_one_prompt_gives_its_text_alone_and_a_line_about_speed(capsys: pytest.C
     assert out == "12 + 30 = 42\n"
     assert "output tok/s), the first after " in err
     assert "the demo checkpoint on cpu" in err
+    assert "--chat" not in err
     assert err.count("\n") == 1
 
 
@@ -43,6 +44,7 @@ def test_a_plain_prompt_is_continued_as_it_stands(capsys: pytest.CaptureFixture[
     with LLM(DEMO_MODEL_PATH, device="cpu") as llm:
         [output] = llm.generate("12 + 30", SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
     assert out.removesuffix("\n") == output.outputs[0].text.removesuffix("\n")
+    assert "--chat asks it a question instead of continuing a text" in err
     assert "cut off (--max-tokens allows more)" in err
 
 

@@ -98,6 +98,36 @@ def test_json_survives_any_console(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(printed)["outputs"][0]["prompt"] == "caf\u00e9"
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (
+            ["gen"],
+            "nanovllm: error: argument COMMAND: invalid choice: 'gen'; did you mean 'generate'? (choose from ",
+        ),
+        (["profil"], "invalid choice: 'profil'; did you mean 'profile'?"),
+        (
+            ["chat", "--think", "of"],
+            "nanovllm chat: error: argument --think: invalid choice: 'of'; did you mean 'off'?",
+        ),
+        (["serve"], "invalid choice: 'serve' (choose from "),
+        (
+            ["chat", "hello"],
+            "--model, and one question is answered by nanovllm generate --chat TEXT (see nanovllm chat",
+        ),
+        (["bench", "--preset", "min"], "invalid choice: 'min'; did you mean 'mini'?"),
+    ],
+)
+def test_arguments_that_cannot_be_taken_are_told_what_was_meant(
+    argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert line in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
+
+
 def test_one_is_no_plural() -> None:
     assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
     assert [counted(number, "token", ",.0f") for number in (1.2, 1234.0)] == ["1 token", "1,234 tokens"]

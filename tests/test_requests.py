@@ -1,7 +1,10 @@
 """What may be asked of LLM beyond plain generation: chat, streams, iterators, several completions, stops, aborts."""
 
+import copy
 import gc
+import inspect
 import itertools
+import pickle
 import re
 import signal
 import threading
@@ -22,9 +25,9 @@ from nanovllm.engine.metrics import percentiles
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.tokenizer import template_options
+from nanovllm.engine.tokenizer import ChatOptions, template_options
 from nanovllm.utils.progress import ProgressBar
-from nanovllm.utils.vllm_arguments import ELSEWHERE, INSTEAD
+from nanovllm.utils.vllm_arguments import ATTRIBUTES, ELSEWHERE, INSTEAD, OF_CALLS
 from tests.checkpoints import make_model
 from tests.simulation import interrupt_at_lines
 from tests.threads import one_thread  # noqa: F401
@@ -121,8 +124,11 @@ class TestChat:
         with pytest.raises(error, match=message):
             demo.chat(messages, use_tqdm=False)
 
-    def test_no_conversations_give_no_outputs(self, demo: LLM) -> None:
-        assert demo.chat([], use_tqdm=False) == []
+    def test_no_conversations_give_no_outputs_and_no_bar(self, demo: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+        assert demo.chat([]) == demo.generate([]) == []
+        assert capsys.readouterr().err == ""
+        demo.generate("hello", greedy(1))
+        assert "Generating: 100%" in capsys.readouterr().err
 
     def test_options_that_contradict_each_other_or_are_misspelt(self, demo: LLM) -> None:
         with pytest.raises(ValueError, match="continue_final_message needs add_generation_prompt=False"):
@@ -134,8 +140,26 @@ class TestChat:
                 method(QUESTION, continue_final_message=True)
             with pytest.raises(TypeError, match=r"_chat has no argument 'tool'; did you mean 'tools'"):
                 method(QUESTION, tool=[])
-        with pytest.raises(TypeError, match="generate has no argument 'sampling_param'; did you mean"):
-            demo.generate("x", sampling_param=None)
+        for text_method in (demo.generate, demo.stream, demo.generate_iter):
+            name = text_method.__name__
+            with pytest.raises(TypeError, match=f"^{name} has no argument 'sampling_param'; did you mean"):
+                text_method(["x"], sampling_param=None)
+            with pytest.raises(TypeError, match=rf"^{name} .* 'top_k'; it goes into SamplingParams\(top_k=\.\.\.\)"):
+                text_method(["x"], top_k=3)
+
+    def test_an_iterator_is_told_its_call(self, demo: LLM) -> None:
+        with pytest.raises(TypeError, match="prompts is a generator; pass a list of prompts, or call generate_iter"):
+            demo.generate(text for text in ("a", "b"))
+
+    def test_what_is_a_completion_s_is_told_its_place(self, demo: LLM) -> None:
+        [output] = demo.generate("x", greedy(1), use_tqdm=False)
+        for name in ("text", "token_ids", "finish_reason", "logprobs"):
+            with pytest.raises(AttributeError, match=rf"no attribute '{name}': .* output\.outputs\[0\]\.{name}$"):
+                getattr(output, name)
+        with pytest.raises(AttributeError, match=r"^'RequestOutput' object has no attribute 'promt'$") as caught:
+            output.promt  # noqa: B018
+        assert (caught.value.name, caught.value.obj) == ("promt", output)
+        assert copy.deepcopy(output) == pickle.loads(pickle.dumps(output)) == output
 
     @pytest.mark.parametrize(
         ("keyword", "hint"),
@@ -323,7 +347,7 @@ class TestArgumentsOfVllm:
     """Arguments that we lack are taken where they ask for nothing, and else refused with the reason."""
 
     def test_values_that_ask_for_nothing(self, tiny_checkpoint: Path) -> None:
-        arguments = {"trust_remote_code": False, "quantization": None, "swap_space": 4, "enable_chunked_prefill": True}
+        arguments = {"trust_remote_code": True, "quantization": None, "swap_space": 4, "enable_chunked_prefill": True}
         arguments |= {"generation_config": "auto", "enable_lora": False, "data_parallel_size": 1, "rope_scaling": {}}
         arguments |= {"max_seq_len_to_capture": 8192, "disable_custom_all_reduce": True, "compilation_config": 3}
         arguments |= {"tokenizer_revision": None, "speculative_config": None, "task": "generate", "hf_token": None}
@@ -362,6 +386,65 @@ class TestArgumentsOfVllm:
     def test_sampling_parameters(self, name: str, message: str) -> None:
         with pytest.raises(TypeError, match=f"SamplingParams has no argument '{name}': .*{message}"):
             SamplingParams(**{name: None})
+
+    def test_no_code_of_a_checkpoint_is_run_and_the_log_says_so(
+        self, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level("INFO", "nanovllm"):
+            make_tiny(tiny_checkpoint, trust_remote_code=False).close()
+            assert "trust_remote_code" not in caplog.text
+            make_tiny(tiny_checkpoint, trust_remote_code=True).close()
+        assert "trust_remote_code=True changes nothing: code that comes with a checkpoint is never run" in caplog.text
+
+    def test_keywords_of_calls_that_ask_for_nothing(self, demo: LLM) -> None:
+        nothing: dict[str, Any] = {"lora_request": None, "priority": [0], "tokenization_kwargs": {}}
+        nothing |= {"mm_processor_kwargs": None, "chat_template_content_format": "auto"}
+        without = demo.chat(QUESTION, greedy(4), use_tqdm=False)[0]
+        [output] = demo.chat(QUESTION, greedy(4), use_tqdm=False, **nothing)
+        assert output["token_ids"] == without["token_ids"]
+        [output] = demo.generate(without.prompt, greedy(4), use_tqdm=False, **nothing)
+        assert output["token_ids"] == without["token_ids"]
+        pieces = list(demo.stream_chat(QUESTION, greedy(4), **nothing))
+        assert pieces[-1].output["token_ids"] == without["token_ids"]
+        assert demo.render_chat(QUESTION, **nothing) == demo.render_chat(QUESTION)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("lora_request", object(), "merge the adapter into the checkpoint's weights first"),
+            ("lora_request", [None, object()], "merge the adapter"),
+            ("priority", [0, 1], "first come, first served"),
+            ("prompt_token_ids", [[1]], "pass the lists of token ids as prompts"),
+            ("chat_template_content_format", "openai", "leave it out"),
+        ],
+    )
+    def test_keywords_of_calls_that_ask_for_something(self, demo: LLM, name: str, value: Any, message: str) -> None:
+        for method, prompts in ((demo.generate, ["a", "b"]), (demo.chat, QUESTION)):
+            with pytest.raises(TypeError, match=f"{method.__name__} has no argument '{name}'; .*{message}"):
+                method(prompts, greedy(1), use_tqdm=False, **{name: value})
+
+    def test_keywords_and_attributes_of_vllm_are_none_of_ours(self) -> None:
+        ours = {name for method in (LLM.generate, LLM.chat) for name in inspect.signature(method).parameters}
+        assert not OF_CALLS.keys() & (ours | ChatOptions.__optional_keys__)
+        assert not ATTRIBUTES.keys() & set(dir(LLM))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("llm_engine", r"the engine is llm\.engine"),
+            ("encode", r"no embeddings, and token ids are llm\.get_tokenizer\(\)\.encode"),
+            ("beam_search", r"take the best of generate\(prompts, SamplingParams\(n=8, logprobs=0\)\)"),
+        ],
+    )
+    def test_attributes(self, demo: LLM, name: str, message: str) -> None:
+        assert not hasattr(demo, name)
+        with pytest.raises(AttributeError, match=f"^'LLM' object has no attribute '{name}': .*{message}"):
+            getattr(demo, name)
+
+    def test_other_attributes_are_python_s(self, demo: LLM) -> None:
+        with pytest.raises(AttributeError, match=r"^'LLM' object has no attribute 'generat'$") as caught:
+            demo.generat  # noqa: B018
+        assert (caught.value.name, caught.value.obj) == ("generat", demo)  # of which Python makes its suggestion
 
     def test_messages_are_not_prompts(self, demo: LLM) -> None:
         for prompts in (QUESTION, [QUESTION]):

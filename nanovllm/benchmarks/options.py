@@ -45,8 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("workload").add_argument
     presets = "; ".join(f"{name} is {spec}" for name, spec in PRESETS.items())
     add("--preset", choices=PRESETS, help=f"{presets} (default: full)")
-    add("--num-requests", type=count, metavar="N", help="instead of the preset's")
-    add("--prompt-len", type=lengths, metavar="LO-HI", help="instead of the preset's")
+    add("--num-requests", "--num-prompts", type=count, metavar="N", help="instead of the preset's")
+    add("--prompt-len", "--input-len", type=lengths, metavar="LO-HI", help="instead of the preset's")
     add("--output-len", type=lengths, metavar="LO-HI", help="instead of the preset's")
     add("--shared-prefix", type=natural, metavar="N", help="tokens put before every prompt (default: 0)")
     spec = "N:LO-HI:LO-HI[:PREFIX]"

@@ -201,4 +201,6 @@ def _summary(report: dict[str, Any], args: argparse.Namespace, more: str) -> str
     reasons = [completion["finish_reason"] for output in report["outputs"] for completion in output["completions"]]
     if cut := reasons.count("length"):
         parts.append(f"{f'{cut} of {len(reasons)} were' if len(reasons) > 1 else 'it was'} cut off ({more})")
+    if args.model == DEMO_MODEL_PATH and not args.chat:  # it was trained on nothing but conversations
+        parts.append("--chat asks it a question instead of continuing a text")
     return "; ".join(parts)

@@ -31,6 +31,8 @@ class Parser(OneLineParser):
         meant = f"; did you mean {', '.join(hints)}?" if hints else ""
         if not unknown[0].startswith("-") and "--model" in self._option_string_actions:
             meant += "; a checkpoint is named with --model"
+            if self.prog.endswith(" chat"):
+                meant += ", and one question is answered by nanovllm generate --chat TEXT"
         self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
 
 

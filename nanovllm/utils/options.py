@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn, TypeVar
 
-from nanovllm.utils.validation import check_device
+from nanovllm.utils.validation import check_device, nearest
 
 Value = TypeVar("Value")
 
@@ -17,6 +17,16 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Argparse's own has a word for a near miss only from Python 3.14 on, and where it is told to."""
+        choices = [choice for choice in action.choices or () if isinstance(choice, str)]
+        if isinstance(value, str) and value not in choices and (near := nearest(value, choices)) is not None:
+            known = ", ".join(choices)
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}; did you mean {near!r}? (choose from {known})"
+            )
+        super()._check_value(action, value)
 
 
 def told(parse: Callable[[str], Value]) -> Callable[[str], Value]:

@@ -18,14 +18,14 @@ class ProgressBar:
 
     Args:
         engine: Its ``counters`` are read.
-        total: Requests to finish.
+        total: Requests to finish; where there are none, nothing is shown.
         enabled: False shows nothing.
     """
 
     def __init__(self, engine: Any, total: int, enabled: bool) -> None:
         self._counters = engine.counters
         self._bar: Any = None
-        if enabled and sys.stderr is not None:  # None: a program without a console
+        if enabled and total and sys.stderr is not None:  # None: a program without a console
             with suppress(*_BROKEN):
                 self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True)
         # A file keeps every redraw. A notebook's stream is no terminal either, but its bar is drawn in place.

@@ -82,8 +82,14 @@ def unknown_argument(where: str, name: str, known: Iterable[str]) -> TypeError:
         return TypeError(f"{where} has no argument {name!r}; it goes into chat_template_kwargs: {{{name!r}: ...}}")
     if name in _PLACES and where in ("LLM", "SamplingParams", "generate"):
         return TypeError(f"{where} has no argument {name!r}; it goes into {_PLACES[name]}")
-    names, wrong = sorted(known), name.lower()
-    begun = [right for right in names if len(wrong) > 2 and right.startswith(wrong)]  # temp: temperature
-    near = [min(begun, key=len)] if begun else difflib.get_close_matches(wrong, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known arguments: {', '.join(names)}"
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near is not None else f"known arguments: {', '.join(sorted(known))}"
     return TypeError(f"{where} has no argument {name!r}; {hint}")
+
+
+def nearest(wrong: str, known: Iterable[str]) -> str | None:
+    """The known name that was most likely meant: one that begins so (temp: temperature), or looks alike; or None."""
+    names, wrong = sorted(known), wrong.lower()
+    begun = [right for right in names if len(wrong) > 2 and right.startswith(wrong)]
+    near = [min(begun, key=len)] if begun else difflib.get_close_matches(wrong, names, n=1)
+    return near[0] if near else None

@@ -1,6 +1,9 @@
-"""Arguments of vLLM's ``LLM`` that ours lacks, so that scripts written for it run, or are told what to change."""
+"""What vLLM's ``LLM`` has and ours lacks, so that scripts written for it run, or are told what to change."""
 
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _HF_OVERRIDES = "pass hf_overrides={'rope_parameters': {...}}"
 _OWN_PARAMS = "pass sampling_params to each call: SamplingParams() takes nothing from generation_config.json"
@@ -77,7 +80,7 @@ ELSEWHERE: dict[str, tuple[Any, ...] | str | None] = {
     "swap_space": None,
     "task": ("auto", "generate"),
     "tokenizer_mode": ("auto", "fast", "hf"),
-    "trust_remote_code": (False,),
+    "trust_remote_code": None,
     "use_tqdm_on_load": None,
     "use_v2_block_manager": None,
 }
@@ -95,6 +98,42 @@ INSTEAD = {
     "rope_theta": _HF_OVERRIDES,
 }
 
+# Keywords of vLLM's calls, with what to do where they ask for something: None, 0 and what is empty ask for nothing.
+OF_CALLS = {
+    "chat_template_content_format": "leave it out: a message's content is a text, or a list of parts of type 'text'",
+    "guided_options_request": "structured outputs come by logits_processors, as in examples/structured_output.py",
+    "lora_request": _MERGE,
+    "mm_processor_kwargs": "leave it out: there is no multi-modal input",
+    "priority": "requests are served first come, first served: give the urgent ones first, or in a call of their own",
+    "prompt_adapter_request": "leave it out",
+    "prompt_token_ids": "pass the lists of token ids as prompts: generate([[1, 2, 3]])",
+    "tokenization_kwargs": "use SamplingParams(truncate_prompt_tokens=...), or tokenise yourself, and pass the ids",
+}
+_NO_POOLING = "it generates and scores; it has no embeddings, and token ids are llm.get_tokenizer().encode(text)"
+_PROFILE = "the command nanovllm profile tells where a step's time goes, and nanovllm trace what each step does"
+_SLEEP = "close() frees all memory; make a new LLM afterwards"
+_WORKERS = "without tensor parallelism the model is in this process: llm.engine.runner.model"
+# Methods and attributes of vLLM's, with what there is instead.
+ATTRIBUTES = {
+    "apply_model": _WORKERS,
+    "beam_search": (
+        "there is no beam search: take the best of generate(prompts, SamplingParams(n=8, logprobs=0)) by its "
+        "cumulative_logprob"
+    ),
+    "classify": f"{_NO_POOLING}; to choose among given answers, compare llm.score(prompt, answers)",
+    "collective_rpc": _WORKERS,
+    "embed": _NO_POOLING,
+    "encode": _NO_POOLING,
+    "llm_engine": "the engine is llm.engine, and its step() returns the requests that have ended",
+    "model_config": "what was asked for is llm.engine.config, what config.json says llm.engine.model_config",
+    "reward": _NO_POOLING,
+    "set_tokenizer": "name another tokenizer when it is made: LLM(..., tokenizer=...)",
+    "sleep": _SLEEP,
+    "start_profile": _PROFILE,
+    "stop_profile": _PROFILE,
+    "wake_up": _SLEEP,
+}
+
 
 def check_elsewhere(name: str, value: Any) -> None:
     """Refuse an argument in ``ELSEWHERE`` that asks for what we do not do.
@@ -103,8 +142,22 @@ def check_elsewhere(name: str, value: Any) -> None:
         TypeError: It has another name here.
         ValueError: It asks for something.
     """
+    if name == "trust_remote_code" and value:
+        logger.info("trust_remote_code=True changes nothing: code that comes with a checkpoint is never run")
     allowed = ELSEWHERE[name]
     if isinstance(allowed, str):
         raise TypeError(f"LLM has no argument {name!r}; here it is {allowed!r}")
     if allowed is not None and value not in allowed:
         raise ValueError(f"{name} is {value!r}, which is not supported; {INSTEAD.get(name, 'leave it out')}")
+
+
+def check_of_call(where: str, name: str, value: Any) -> None:
+    """Refuse a keyword in ``OF_CALLS`` that asks for something; ``where`` is the method it was given to.
+
+    Raises:
+        TypeError: It asks for something.
+    """
+    # vLLM takes a list with one for each prompt, too.
+    asks = any(value) if isinstance(value, (list, tuple)) else bool(value)
+    if asks and (name, value) != ("chat_template_content_format", "auto"):
+        raise TypeError(f"{where} has no argument {name!r}; {OF_CALLS[name]}")
