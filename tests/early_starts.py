@@ -28,6 +28,7 @@ class Launch:
 
     kernel: str
     is_early: bool  # launched so that it may start before the one before it has ended
+    describes: bool = False  # it is given a tensor's descriptor
     lets_next_start: bool = False
     waits: bool = False  # some program does
     read_early: set[int] = field(default_factory=set)
@@ -43,7 +44,7 @@ class Recorder(Watcher):
         self.has_waited = False  # the program that is running
 
     def launch(self, kernel: str, arguments: tuple[Any, ...], is_early: bool) -> None:
-        self.launches.append(Launch(kernel, is_early))
+        self.launches.append(Launch(kernel, is_early, any(hasattr(one, "block_shape") for one in arguments)))
 
     def program(self) -> None:
         self.has_waited = False

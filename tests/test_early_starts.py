@@ -112,6 +112,8 @@ def test_nor_does_one_whose_weights_are_copied_by_tiles(tiny_checkpoint: Path, f
     described = run_engine(tiny_checkpoint, PROMPTS[-2:], describes=True)
     assert described.problems() == []
     assert len(described.launches) == len(few_rows.launches)
+    assert not any(launch.describes for launch in few_rows.launches)
+    assert all(launch.describes for launch in described.launches if launch.kernel == "_fused_linear_kernel")
 
 
 @pytest.mark.slow

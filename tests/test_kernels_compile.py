@@ -15,7 +15,9 @@ import pytest
 
 from tools.compile_kernels import ARCHITECTURES, CALLS, Compiled, format_table, why_not
 
-SHARED_LIMITS = {80: 164 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# What is compiled for sm_80 runs on sm_86 and sm_89 as well, but for what is "large": these have no more.
+SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+LARGE_LIMIT = 163 * 1024  # of sm_80 itself
 LOCAL_LIMIT = 64  # bytes a thread
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "nanovllm" / "kernels").glob("*.py"))
@@ -35,6 +37,12 @@ def compile_elsewhere(module: str, folder: Path) -> list[Compiled]:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return [Compiled(**one) for one in json.loads(result.stdout.splitlines()[-1])]
+
+
+def shared_limit(compiled: Compiled) -> int:
+    """Bytes of shared memory that a program may have on every GPU that it is launched on."""
+    limit = SHARED_LIMITS[compiled.arch]
+    return max(limit, LARGE_LIMIT) if "large shared memory" in compiled.label else limit
 
 
 @pytest.fixture(scope="module")
@@ -77,5 +85,5 @@ def test_compiles(module: str, compilations: dict[str, Future[list[Compiled]]]) 
     [path] = [path for path in FILES if path.stem == module]
     expected = {(name, arch) for name in kernels(path) for arch in ARCHITECTURES}
     assert {(one.kernel, one.arch) for one in compiled} == expected
-    unfit = [one for one in compiled if one.local > LOCAL_LIMIT or one.shared > SHARED_LIMITS[one.arch]]
+    unfit = [one for one in compiled if one.local > LOCAL_LIMIT or one.shared > shared_limit(one)]
     assert not unfit, "\n" + format_table(unfit)

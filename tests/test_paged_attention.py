@@ -226,6 +226,20 @@ class TestDecodeOfFewRows:
     def test_head_sizes(self, group: int, head_dim: int) -> None:
         self.check(Shape(1, group, head_dim, 32, torch.float32), [70, 0, 3], seed=1)
 
+    def test_is_for_what_shared_memory_and_a_tile_have_room_for(self) -> None:
+        """Of a program on a GPU that gives it 99 KiB: keys and values of float32 lie there."""
+        assert decode_few_rows.suits(16, 8, 128, torch.float32)
+        assert decode_few_rows.suits(64, 8, 256, torch.bfloat16)
+        assert not decode_few_rows.suits(16, 8, 192, torch.float32)
+        assert not decode_few_rows.suits(9, 1, 64, torch.bfloat16)
+
+    @pytest.mark.parametrize(("head_dim", "whole"), [(128, True), (192, False)])
+    def test_other_steps_are_left_to_the_separate_kernels(self, head_dim: int, whole: bool) -> None:
+        backend = TritonAttention(AttentionSpec(1, 2, 1, head_dim, torch.float32, DEVICE, 32))
+        backend.fused_attend = decode_few_rows.decode_few_rows  # as on a GPU
+        assert backend._attends_whole(4) is whole
+        assert not backend._attends_whole(5)
+
     def test_more_parts_than_are_combined_at_a_time(self) -> None:
         self.check(Shape(1, 2, 64, 32, torch.float32), [1500, 64], seed=2)
 

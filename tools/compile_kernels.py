@@ -177,7 +177,7 @@ def _decode_few_rows() -> Calls:
 
     rows = 4
     for name, of, kv_heads, group, head_dim in _kinds(
-        ("bf16", 8, 2, 128), ("bf16", 8, 4, 128), ("bf16", 8, 8, 80), ("fp32", 8, 2, 128)
+        ("bf16", 8, 2, 128), ("bf16", 8, 4, 128), ("bf16", 8, 8, 80), ("fp32", 8, 2, 128), ("fp32", 8, 8, 128)
     ):
         sizes = kv_heads * group, kv_heads
         rotation = _floats(MAX_LEN, head_dim // 2), _floats(MAX_LEN, head_dim // 2), _longs(rows)

@@ -52,7 +52,7 @@ class TritonAttention(AttentionBackend):
         self.plan_decode = decode_work.plan_decode
         self.decode_kernels, self.prefill_kernels, self.store_kernels = paged_decode, paged_prefill, store_kv
         self.few_rows_kernels = decode_few_rows
-        self.few_rows_suit = spec.num_heads // spec.num_kv_heads <= decode_few_rows.MOST_GROUP
+        self.few_rows_suit = decode_few_rows.suits(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
         self.queries_per_tile = paged_prefill.queries_per_tile(
             spec.dtype, spec.num_heads, spec.num_kv_heads, spec.head_dim
         )

@@ -31,6 +31,9 @@ PARTS = 4
 LEAST_LINES = 8 if SINCE_TRITON_3_5 else 16
 # Heads that may share a key-value head.
 MOST_GROUP = 8
+# Bytes of a program's keys and values. Products of float32 have them in shared memory, of which GPUs have 99 KiB or
+# more.
+MOST_BYTES = 64 << 10
 # Programs launched for a multiprocessor at most, fewer than could run at a time; each goes on that many items.
 PROGRAMS_PER_SM = 2
 
@@ -205,6 +208,8 @@ def _decode_few_rows_kernel(
         new_score = tl.reshape(_repeated(tl.where(is_last, new_score, _LOWEST)[:, None], LINES), (LINES,))
         lines = _repeated(query, LINES)
 
+        if dtype == tl.float32:
+            tl.debug_barrier()  # keys and values are not brought to where products want them before: they would spill
         # Everything is transposed, [tokens, lines]: tokens fill the rows of a product.
         scores = tl.dot(key, tl.trans(lines), input_precision="ieee") * scale_log2
         scores = tl.where(cached[:, None], scores, _LOWEST)
@@ -251,6 +256,12 @@ def _decode_few_rows_kernel(
         token, slot, start, end, first_item, parts = load_item(items, capacity, index // KV_HEADS, num_items, _L2)
 
 
+def suits(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel is for heads of these numbers and sizes."""
+    held = 2 * TILE * triton.next_power_of_2(head_dim) * dtype.itemsize
+    return num_heads // num_kv_heads <= MOST_GROUP and held <= MOST_BYTES
+
+
 def decode_few_rows(
     qkv: torch.Tensor,
     q_weight: torch.Tensor,
@@ -288,7 +299,7 @@ def decode_few_rows(
         block_tables: [slots, blocks], int32 or int64: KV blocks in order; the last dimension is packed.
         work: The rows, from ``plan_decode`` with ``item_tokens`` of ``TILE``.
         scale: Of the scores.
-        num_heads: Query heads, at most ``MOST_GROUP`` for each of the key-value heads.
+        num_heads: Query heads; with the other sizes, of what ``suits``.
         num_kv_heads: Key-value heads.
 
     Returns:
