@@ -96,8 +96,8 @@ def recorded(*modules: ModuleType, describes: bool = False) -> Iterator[Recorder
         for module in (*(import_module(f"nanovllm.kernels.{name}") for name in CALLS), *modules):
             if hasattr(module, "launch_options"):
                 stack.enter_context(patch.object(module, "launch_options", _options))
-            if hasattr(module, "has_descriptors"):
-                stack.enter_context(patch.object(module, "has_descriptors", lambda device: describes))
+            if hasattr(module, "has_hopper_features"):
+                stack.enter_context(patch.object(module, "has_hopper_features", lambda device: describes))
         yield recorder
 
 

@@ -137,9 +137,9 @@ def test_fused_linear_reads_tiles_by_descriptors(kind, dtype, monkeypatch):
     _describe = fused_linear_module._describe
     monkeypatch.setattr(fused_linear_module, "_describe", describe)
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(fused_linear_module, "has_descriptors", lambda device: True)
+        monkeypatch.setattr(fused_linear_module, "has_hopper_features", lambda device: True)
     test_fused_linear.hypothesis.inner_test(3, 448, 37, dtype, 0, kind, 0)
-    expected = 1 if fused_linear_module.has_descriptors(DEVICE) else 0
+    expected = 1 if fused_linear_module.has_hopper_features(DEVICE) else 0
     assert len(described) == expected
 
 
@@ -147,7 +147,7 @@ def test_fused_linear_reads_tiles_by_descriptors(kind, dtype, monkeypatch):
 @pytest.mark.parametrize(("inputs", "beginning"), [(446, 0), (440, 0), (448, 3)])
 def test_fused_linear_loads_what_descriptors_cannot_describe(inputs, beginning, monkeypatch):
     """Lines that pieces do not fill, pieces that are not a multiple of 16 bytes, a weight that begins between these."""
-    monkeypatch.setattr(fused_linear_module, "has_descriptors", lambda device: True)
+    monkeypatch.setattr(fused_linear_module, "has_hopper_features", lambda device: True)
     x = random_rows((2, inputs), torch.float16, 0)
     storage = random_rows((beginning + 40 * inputs,), torch.float16, 1) * inputs**-0.5
     weight = storage[beginning:].view(40, inputs)

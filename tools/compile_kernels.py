@@ -113,7 +113,7 @@ def _as_on(arch: int, module: ModuleType) -> Iterator[None]:
 
     answers: dict[str, Any] = {"multiprocessors": MULTIPROCESSORS}
     with patch("torch.cuda.get_device_capability", lambda device: divmod(arch, 10)):
-        answers["has_descriptors"] = dependent_launch.has_descriptors.__wrapped__(torch.device("cuda"))
+        answers["has_hopper_features"] = dependent_launch.has_hopper_features.__wrapped__(torch.device("cuda"))
     with ExitStack() as stack:
         for name, answer in answers.items():
             for place in (module, dependent_launch):

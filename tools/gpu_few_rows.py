@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "output projection by loads, element by element": {
         "fused_linear": {"_can_be_described": Instead(by_loads), "_launch_sizes": Instead(one_by_one)}
     },
-    "weights by loads": {"fused_linear": {"has_descriptors": lambda device: False}},
+    "weights by loads": {"fused_linear": {"has_hopper_features": lambda device: False}},
     "8 outputs a program": {"fused_linear": {"MOST_OUTPUTS": 8}},
     "32 outputs a program": {"fused_linear": {"MOST_OUTPUTS": 32, "ELEMENTS": 65536}},
     "8192 elements a warp": {"fused_linear": {"WARP_ELEMENTS": 8192}},

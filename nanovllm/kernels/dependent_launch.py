@@ -46,12 +46,12 @@ def wait_for_previous_kernel(OVERLAPS: tl.constexpr):
 
 
 @cache
-def has_descriptors(device: torch.device) -> bool:
-    """Whether kernels can have a tile of a tensor copied to shared memory as a whole (from Hopper on).
+def has_hopper_features(device: torch.device) -> bool:
+    """Whether kernels can start early, and have a tile of a tensor copied to shared memory as a whole (descriptors).
 
-    It takes fewer instructions and registers than loads do. And what loads have asked a multiprocessor for seems to
-    come in the order in which it was asked for: behind all that programs of the next kernel want already, the few
-    values that a kernel has waited for come late. Tiles do not stand in that queue.
+    A copied tile takes fewer instructions and registers than loads of it. And what loads have asked a multiprocessor
+    for seems to come in the order in which it was asked for: the few values that a kernel has waited for come behind
+    all that programs of the next kernel want already. Copied tiles do not stand in that queue.
     """
     return SINCE_TRITON_3_5 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -59,6 +59,6 @@ def has_descriptors(device: torch.device) -> bool:
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """What a kernel with the constant ``OVERLAPS`` is launched with: to overlap where the device can."""
-    if has_descriptors(device):
+    if has_hopper_features(device):
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}

@@ -18,7 +18,7 @@ import triton.language as tl
 from nanovllm.kernels.decode_work import multiprocessors
 from nanovllm.kernels.dependent_launch import (
     SINCE_TRITON_3_5,
-    has_descriptors,
+    has_hopper_features,
     launch_options,
     let_next_kernel_start,
     wait_for_previous_kernel,
@@ -162,7 +162,7 @@ def fused_linear(
     assert out.dtype == x.dtype
     if rows > 0:
         sizes, num_warps = _launch_sizes(inputs, outputs, gated, x.element_size(), multiprocessors(x.device))
-        described = has_descriptors(x.device) and _can_be_described(weight, sizes, gated)
+        described = has_hopper_features(x.device) and _can_be_described(weight, sizes, gated)
         _fused_linear_kernel[(triton.cdiv(outputs, sizes["OUTPUT_TILE"]),)](
             x,
             x.stride(0),
