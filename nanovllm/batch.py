@@ -110,6 +110,7 @@ def run_batch(
         FileNotFoundError: There is no input.
         ValueError: Ids repeat, or the output was not written by a batch job; nothing was run or written.
         BlockingIOError: Another job is writing the output.
+        OSError: The output cannot be written, as on a full disk. What was finished is there; call it again.
     """
     with BatchJob(input_path, output_path, retry_errors=retry_errors) as job:
         return job.run(
@@ -332,15 +333,27 @@ class _Output:
             data = json.dumps(line, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # lone surrogates in what the row said
             data = json.dumps(line).encode()
-        self._file.write(data + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(data + b"\n")
+            self._file.flush()
+        except OSError as error:
+            self._file.raw.close()  # type: ignore[attr-defined]  # with what it holds, else to be written once more
+            raise self._explained(error) from error
         if time.monotonic() - self._synced >= FSYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         """Have all that was written put on the disk."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._explained(error) from error
         self._synced = time.monotonic()
+
+    def _explained(self, error: OSError) -> OSError:
+        """The same error, with the file and what becomes of the job."""
+        advice = "rows that were finished are there; once it can be written, the same command continues with the rest"
+        return OSError(error.errno, f"{error.strerror} ({advice})", os.fspath(self._path))
 
     def close(self) -> None:
         """Close the file, which unlocks it."""

@@ -540,6 +540,27 @@ def test_an_interrupt_keeps_the_finished_rows(files: Files) -> None:
     assert (summary.num_skipped, summary.num_answered) == (3, 2)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit for the size of files")
+def test_a_full_disk_keeps_the_finished_rows_and_says_how_to_continue(files: Files) -> None:
+    """A limit for the size of files stands for it: writing ends in the middle of a line, or before it."""
+    files.put(*[{"prompt": "a", "id": number} for number in range(40)])
+    code = (
+        "import resource, signal, sys; from nanovllm.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY)); sys.exit(main(sys.argv[1:]))"
+    )
+    for _ in range(2):
+        arguments = ["batch", str(files.input), str(files.output), "--max-tokens", "2"]
+        ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 2
+        [line] = ended.stderr.splitlines()
+        assert line.startswith(f"nanovllm: error: {files.output}: File too large (rows that were finished are there;")
+        assert files.output.stat().st_size == 3000
+    whole = files.output.read_bytes().count(b"\n")
+    assert 0 < whole < 40
+    assert main(["batch", str(files.input), str(files.output), "--max-tokens", "2"]) == 0
+    assert sorted(line["custom_id"] for line in files.lines()) == list(range(40))
+
+
 def test_two_jobs_cannot_write_one_file(files: Files) -> None:
     files.put({"prompt": "a"})
     with BatchJob(files.input, files.output):
