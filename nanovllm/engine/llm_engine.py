@@ -204,8 +204,8 @@ class LLMEngine:
             with self.turns.wait(), self.turns.lock:  # whoever fails may be in the middle of adding to them
                 lost, self._lost = self._lost, {}
             if lost:  # no other thread's step has told them meanwhile
-                cause = next(iter(lost.values())).cause
-                raise RuntimeError(f"requests were dropped by another call that failed: {', '.join(lost)}: {cause!r}")
+                one = next(iter(lost.values()))
+                raise one.error(f"requests were dropped by another call that failed: {', '.join(lost)}: {one.cause!r}")
         self.advance()
         with self.turns.lock:
             ready, self._ready = self._ready, []
