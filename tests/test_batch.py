@@ -270,6 +270,49 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(files: Files) -> None:
     assert all(line["error"] is None for line in files.lines())
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_an_input_in_another_encoding_is_refused_as_a_whole(files: Files, encoding: str) -> None:
+    """What some shells write when output is redirected: rows would become errors one by one."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    files.input.write_bytes((mark + '{"prompt": "a"}\n{"prompt": "b"}\n').encode(encoding))
+    with pytest.raises(ValueError, match=r"in\.jsonl is in UTF-16 or UTF-32; save it as UTF-8"):
+        files.run(StubLLM())
+    assert not files.output.exists()
+
+
+@pytest.mark.parametrize("change", ["fewer", "more"])
+def test_an_input_that_changes_while_it_is_read_is_told(files: Files, change: str) -> None:
+    files.put({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
+    with BatchJob(files.input, files.output) as job:
+        files.put(*[{"prompt": "a"}] * {"fewer": 2, "more": 4}[change])
+        with pytest.raises(ValueError, match=r"in\.jsonl has changed while the job ran: it had 3 rows, and has [24];"):
+            job.run(StubLLM())  # type: ignore[arg-type]
+    files.put({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}).run(StubLLM())
+    assert files.run(StubLLM()).num_skipped == 3
+
+
+@posix
+def test_an_output_that_is_deleted_while_it_is_written_is_told(files: Files) -> None:
+    def deleting(index: int) -> RequestOutput:
+        files.output.unlink(missing_ok=True)
+        return stub_output(index)
+
+    files.put({"prompt": "a"})
+    with pytest.raises(FileNotFoundError, match=r"out\.jsonl was deleted while the job ran"):
+        files.run(StubLLM(deleting))
+    assert files.run(StubLLM()).num_answered == 1
+
+
+def test_zeros_that_a_power_failure_leaves_are_no_lines(files: Files) -> None:
+    files.put(*[{"prompt": "a"}] * 3).run(StubLLM())
+    whole = files.output.read_bytes()
+    first = whole.index(b"\n") + 1
+    for kept in (first, first + 4, first + 40, first + len(b'{"hash": "')):
+        files.output.write_bytes(whole[:kept] + b"\0" * 300)
+        assert files.run(StubLLM()).num_skipped == 1
+        assert files.output.read_bytes() == whole
+
+
 def test_an_empty_input_is_a_job_without_rows(files: Files) -> None:
     assert files.put().run(StubLLM()).num_rows == 0
     assert files.output.read_bytes() == b""
