@@ -6,6 +6,7 @@ it says that the engine's room cut the answer off and there is more room now; ro
 without a seed take theirs from the hash, so neither order nor restarts change an answer.
 """
 
+import codecs
 import dataclasses
 import json
 import os
@@ -108,8 +109,10 @@ def run_batch(
     Raises:
         TypeError: An argument has the wrong type.
         FileNotFoundError: There is no input.
-        ValueError: Ids repeat, or the output was not written by a batch job; nothing was run or written.
+        ValueError: Ids repeat, the input is not UTF-8, or the output was not written by a batch job; nothing was run or
+            written. Or the input has other rows than before the job began to run; what was finished is there.
         BlockingIOError: Another job is writing the output.
+        OSError: The output cannot be written, as on a full disk. What was finished is there; call it again.
     """
     with BatchJob(input_path, output_path, retry_errors=retry_errors) as job:
         return job.run(
@@ -167,7 +170,7 @@ class BatchJob:
         defaults = sampling_params if sampling_params is not None else llm.get_default_sampling_params()
         bar = _Bar(llm.engine, self.num_rows, enabled=use_tqdm)
         with bar:
-            run = _Run(llm, self.input_path, self.output, defaults, chat_template_kwargs or {}, bar)
+            run = _Run(llm, self.input_path, self.num_rows, self.output, defaults, chat_template_kwargs or {}, bar)
             with closing(llm.generate_iter(run.prompts(), ordered=False, on_error="return")) as outputs:
                 for output in outputs:
                     run.take(output)
@@ -205,6 +208,7 @@ class _Run:
         self,
         llm: LLM,
         input_path: Path,
+        num_rows: int,
         output: "_Output",
         defaults: SamplingParams,
         template_kwargs: Mapping[str, Any],
@@ -212,6 +216,7 @@ class _Run:
     ) -> None:
         self.llm, self.input_path, self.output, self.bar = llm, input_path, output, bar
         self.defaults, self.template_kwargs = defaults, template_kwargs
+        self.num_rows = num_rows
         self.context, self.model = engine_context(llm), model_name(llm.engine.config.model)
         self.room = longest_sequence(llm)
         self.num_skipped = self.num_skipped_errors = self.num_answered = self.num_errors = self.num_cut_off = 0
@@ -224,7 +229,9 @@ class _Run:
 
     def prompts(self) -> Iterator[tuple[Any, SamplingParams]]:
         """Prompts of the rows that are not done. Rows that cannot be run become error rows on the way."""
+        num_rows = 0
         for number, line in _lines(self.input_path):
+            num_rows += 1
             row = BatchRow(number, line_id(number))
             prompt, error = None, None
             try:
@@ -248,6 +255,11 @@ class _Run:
                 self._running[self._num_taken] = row
                 self._num_taken += 1
                 yield prompt, dataclasses.replace(row.params, seed=seed)
+        if num_rows != self.num_rows:
+            raise ValueError(
+                f"{self.input_path} has changed while the job ran: it had {counted(self.num_rows, 'row')}, and has "
+                f"{num_rows}; run the job again for what is in it now"
+            )
 
     def take(self, output: RequestOutput) -> None:
         """Write what a request gave back."""
@@ -332,15 +344,32 @@ class _Output:
             data = json.dumps(line, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # lone surrogates in what the row said
             data = json.dumps(line).encode()
-        self._file.write(data + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(data + b"\n")
+            self._file.flush()
+        except OSError as error:
+            self._file.raw.close()  # type: ignore[attr-defined]  # with what it holds, else to be written once more
+            raise self._explained(error) from error
         if time.monotonic() - self._synced >= FSYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         """Have all that was written put on the disk."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._explained(error) from error
+        if os.fstat(self._file.fileno()).st_nlink == 0 and not self._path.exists():
+            raise FileNotFoundError(
+                f"{self._path} was deleted while the job ran, and its rows with it; start the job again, and leave the "
+                "file where it is"
+            )
         self._synced = time.monotonic()
+
+    def _explained(self, error: OSError) -> OSError:
+        """The same error, with the file and what becomes of the job."""
+        advice = "rows that were finished are there; once it can be written, the same command continues with the rest"
+        return OSError(error.errno, f"{error.strerror} ({advice})", os.fspath(self._path))
 
     def close(self) -> None:
         """Close the file, which unlocks it."""
@@ -369,7 +398,9 @@ class _Output:
                 if len(row_hash) != 16 or type(length) is not int or not line.startswith(_START) or length >> 63:
                     raise ValueError("not a line of ours")
             except (LookupError, RecursionError, TypeError, ValueError) as cause:
-                if line.endswith(b"\n") or not (line.startswith(_START) or _START.startswith(line)):
+                # Of a line that was not on the disk yet when the power failed, a file may have zeros.
+                head = line.rstrip(b"\0") if end else line
+                if line.endswith(b"\n") or not (line.startswith(_START) or _START.startswith(head)):
                     raise ValueError(
                         f"line {number} of {self._path} was not written by a batch job; name another output, or mend "
                         "or move away this one"
@@ -381,7 +412,7 @@ class _Output:
             failed.append(error is not None)
             cut_off_at.append(length)
             end += len(line)
-        if torn:  # the process was killed while it wrote
+        if torn:  # the process was killed, or the power failed, while it wrote
             self._file.truncate(end)
         elif end and not line.endswith(b"\n"):  # ... just before the end of the line
             self._file.write(b"\n")
@@ -407,6 +438,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The rows of the input with their line numbers; blank lines are none."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError(f"{path} is in UTF-16 or UTF-32; save it as UTF-8")
             line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
             if line:
                 yield number, line

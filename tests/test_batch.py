@@ -270,6 +270,49 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(files: Files) -> None:
     assert all(line["error"] is None for line in files.lines())
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_an_input_in_another_encoding_is_refused_as_a_whole(files: Files, encoding: str) -> None:
+    """What some shells write when output is redirected: rows would become errors one by one."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    files.input.write_bytes((mark + '{"prompt": "a"}\n{"prompt": "b"}\n').encode(encoding))
+    with pytest.raises(ValueError, match=r"in\.jsonl is in UTF-16 or UTF-32; save it as UTF-8"):
+        files.run(StubLLM())
+    assert not files.output.exists()
+
+
+@pytest.mark.parametrize("change", ["fewer", "more"])
+def test_an_input_that_changes_while_it_is_read_is_told(files: Files, change: str) -> None:
+    files.put({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
+    with BatchJob(files.input, files.output) as job:
+        files.put(*[{"prompt": "a"}] * {"fewer": 2, "more": 4}[change])
+        with pytest.raises(ValueError, match=r"in\.jsonl has changed while the job ran: it had 3 rows, and has [24];"):
+            job.run(StubLLM())  # type: ignore[arg-type]
+    files.put({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}).run(StubLLM())
+    assert files.run(StubLLM()).num_skipped == 3
+
+
+@posix
+def test_an_output_that_is_deleted_while_it_is_written_is_told(files: Files) -> None:
+    def deleting(index: int) -> RequestOutput:
+        files.output.unlink(missing_ok=True)
+        return stub_output(index)
+
+    files.put({"prompt": "a"})
+    with pytest.raises(FileNotFoundError, match=r"out\.jsonl was deleted while the job ran"):
+        files.run(StubLLM(deleting))
+    assert files.run(StubLLM()).num_answered == 1
+
+
+def test_zeros_that_a_power_failure_leaves_are_no_lines(files: Files) -> None:
+    files.put(*[{"prompt": "a"}] * 3).run(StubLLM())
+    whole = files.output.read_bytes()
+    first = whole.index(b"\n") + 1
+    for kept in (first, first + 4, first + 40, first + len(b'{"hash": "')):
+        files.output.write_bytes(whole[:kept] + b"\0" * 300)
+        assert files.run(StubLLM()).num_skipped == 1
+        assert files.output.read_bytes() == whole
+
+
 def test_an_empty_input_is_a_job_without_rows(files: Files) -> None:
     assert files.put().run(StubLLM()).num_rows == 0
     assert files.output.read_bytes() == b""
@@ -538,6 +581,27 @@ def test_an_interrupt_keeps_the_finished_rows(files: Files) -> None:
     assert len(files.lines()) == 3
     summary = files.run(StubLLM())
     assert (summary.num_skipped, summary.num_answered) == (3, 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit for the size of files")
+def test_a_full_disk_keeps_the_finished_rows_and_says_how_to_continue(files: Files) -> None:
+    """A limit for the size of files stands for it: writing ends in the middle of a line, or before it."""
+    files.put(*[{"prompt": "a", "id": number} for number in range(40)])
+    code = (
+        "import resource, signal, sys; from nanovllm.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY)); sys.exit(main(sys.argv[1:]))"
+    )
+    for _ in range(2):
+        arguments = ["batch", str(files.input), str(files.output), "--max-tokens", "2"]
+        ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 2
+        [line] = ended.stderr.splitlines()
+        assert line.startswith(f"nanovllm: error: {files.output}: File too large (rows that were finished are there;")
+        assert files.output.stat().st_size == 3000
+    whole = files.output.read_bytes().count(b"\n")
+    assert 0 < whole < 40
+    assert main(["batch", str(files.input), str(files.output), "--max-tokens", "2"]) == 0
+    assert sorted(line["custom_id"] for line in files.lines()) == list(range(40))
 
 
 def test_two_jobs_cannot_write_one_file(files: Files) -> None:

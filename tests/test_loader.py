@@ -299,6 +299,12 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"model\.safetensors is damaged or cut short.*download it again"):
             make_llm(checkpoint)
 
+    def test_a_file_that_git_has_not_fetched_is_told_from_a_damaged_one(self, checkpoint: Path) -> None:
+        text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1503300328\n"
+        (checkpoint / "model.safetensors").write_text(text)
+        with pytest.raises(ValueError, match=r"model\.safetensors is what git puts in place .*git lfs pull"):
+            make_llm(checkpoint)
+
     def test_truncated_file_of_unknown_dtype_is_named(self, checkpoint: Path) -> None:
         edit_config(checkpoint, remove=("dtype", "torch_dtype"))
         file = checkpoint / "model.safetensors"

@@ -408,8 +408,8 @@ class TestEnds:
                 code = 1
                 try:
                     tokens_of(llm)
-                except EngineDeadError as error:
-                    code = 0 if "forked" in str(error) else 2
+                except RuntimeError as error:
+                    code = 0 if "was forked from" in str(error) else 2
                 llm.engine.runner.workers._finalizer()
                 os._exit(code)
             assert os.waitpid(child, 0)[1] == 0
@@ -422,6 +422,31 @@ class TestEnds:
             time.sleep(0.2)
             with pytest.raises(EngineDeadError, match="rank 2 was ended by signal 9"):
                 tokens_of(llm)
+
+    def test_every_call_that_goes_on_hears_of_a_ranks_end(self, checkpoint: Path) -> None:
+        """Not only the one whose thread runs the step."""
+        heard: list[BaseException] = []
+
+        def call(llm: LLM) -> None:
+            try:
+                tokens_of(llm, replace(GREEDY, max_tokens=400), PROMPTS[:1])
+            except RuntimeError as error:
+                heard.append(error)
+
+        with open_llm(checkpoint) as llm:
+            by_hand = llm.engine.add_request(PROMPTS[0], replace(GREEDY, max_tokens=400))
+            threads = [threading.Thread(target=call, args=(llm,)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            while llm.engine.num_unfinished_requests < 4 and not heard:
+                time.sleep(0.001)
+            llm.engine.runner.workers.processes[0].kill()
+            for thread in threads:
+                thread.join()
+            assert [type(error) for error in heard] == [EngineDeadError] * 3
+            assert all("rank 1 was ended by signal 9" in str(error) for error in heard)
+            with pytest.raises(EngineDeadError, match=f"dropped by another call that failed: {by_hand}.*rank 1"):
+                llm.engine.step()
 
     @pytest.mark.parametrize("number", range(KILLS))
     def test_a_rank_killed_at_any_moment(self, checkpoint: Path, number: int) -> None:

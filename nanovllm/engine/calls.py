@@ -126,7 +126,7 @@ def _received(owner: Owner) -> Iterator[Any]:
     """What came for ``owner``; RuntimeError if one of its requests was lost to somebody else's failure."""
     for outcome in owner.take():
         if isinstance(outcome, LostRequest):
-            raise RuntimeError(f"request {outcome.request_id} was dropped: {outcome.cause}") from outcome.cause
+            raise outcome.error(f"request {outcome.request_id} was dropped: {outcome.cause}") from outcome.cause
         yield outcome
 
 

@@ -204,8 +204,8 @@ class LLMEngine:
             with self.turns.wait(), self.turns.lock:  # whoever fails may be in the middle of adding to them
                 lost, self._lost = self._lost, {}
             if lost:  # no other thread's step has told them meanwhile
-                cause = next(iter(lost.values())).cause
-                raise RuntimeError(f"requests were dropped by another call that failed: {', '.join(lost)}: {cause!r}")
+                one = next(iter(lost.values()))
+                raise one.error(f"requests were dropped by another call that failed: {', '.join(lost)}: {one.cause!r}")
         self.advance()
         with self.turns.lock:
             ready, self._ready = self._ready, []
@@ -297,7 +297,7 @@ class LLMEngine:
         """Drop all requests of an owner who no longer waits for them."""
         if self.turns.is_inside():  # a generator that is collected there
             self._aborting.extend(self._requests_of(owner))
-        elif not self.turns.is_closed:
+        elif not self.turns.is_closed and not self.turns.is_forked:
             with self.turns.wait(), self.turns.lock, self.turns.change():
                 # Nothing is made of what they have: should we be garbage together, parts of it are finalized already.
                 requests = [self._requests[request_id] for request_id in self._requests_of(owner)]
@@ -317,7 +317,12 @@ class LLMEngine:
             self.scheduler.block_manager.reset_prefix_cache()
 
     def close(self) -> None:
-        """Drop all requests and free the model and its KV cache, whoever still holds the engine."""
+        """Drop all requests and free the model and its KV cache, whoever still holds the engine.
+
+        In a forked process it does nothing: the engine is its parent's.
+        """
+        if self.turns.is_forked:
+            return
         with self.turns.wait(), self.turns.lock:  # in turn, or calls in other threads may end before they hear of it
             if not self.turns.is_closed:
                 self.turns.recover(RuntimeError("the engine was closed"))
@@ -328,6 +333,7 @@ class LLMEngine:
         """Facts and totals of the engine; see :meth:`nanovllm.LLM.get_metrics`."""
         if self.turns.is_inside():  # in a thread that the one with the lock waits for, perhaps
             return self._metrics()
+        self.turns.refuse_if_forked()
         with self.turns.lock:
             self.turns.refuse_if_closed()
             return self._metrics()

@@ -9,6 +9,7 @@ from typing import Any
 from nanovllm.engine.detokenizer import Detokenizer, decode
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import TokenLogprobs
+from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -44,6 +45,10 @@ class LostRequest:
 
     request_id: str
     cause: BaseException | None
+
+    def error(self, message: str) -> RuntimeError:
+        """What tells its owner: after the end of a rank, all calls that went on raise the same kind."""
+        return (EngineDeadError if isinstance(self.cause, EngineDeadError) else RuntimeError)(message)
 
 
 Outcome = RequestOutput | StreamOutput | LostRequest

@@ -1,5 +1,6 @@
 """Who may change what an engine holds: one thread at a time, and to the end."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,9 @@ class Turns:
 
         with turns.wait(), turns.lock, turns.change():
 
+    All of it belongs to the process that made it. In a fork of that, the threads that it computes with are not there,
+    and nobody would ever give back a lock that one of them had.
+
     The lock is not wrapped in a context of our own: it is released in C, whatever interrupts us. (Nor are the other two
     generators with ``contextlib``: interrupted on its way in or out, one would keep the lock as long as the traceback
     lives.)
@@ -41,6 +45,7 @@ class Turns:
         self.is_closed = False
         self.waiting: dict[int, int] = {}  # threads that wait for the lock, and how many more turns are left to each
         self._is_step_thread = is_step_thread
+        self._process = os.getpid()
         # Weak: the engine has us, and goes when nobody has it, not when garbage is next collected.
         self._drop_everything: Any = WeakMethod(recover)
         # Of a change that goes on, or, if nobody has the lock, was cut short: why, and whether it was a step.
@@ -50,7 +55,7 @@ class Turns:
         """Wait for the lock, and then hold it: whoever runs steps makes way for those who wait.
 
         Raises:
-            RuntimeError: This thread is inside a change already.
+            RuntimeError: This thread is inside a change already, or this process was forked from the engine's.
         """
         return _Waiting(self)
 
@@ -90,6 +95,18 @@ class Turns:
         self._drop_everything()(cause, not is_step)
         self._cut_short = None
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a fork of the one that the engine belongs to."""
+        return os.getpid() != self._process
+
+    def refuse_if_forked(self) -> None:
+        if self.is_forked:
+            raise RuntimeError(
+                "this LLM belongs to the process that this one was forked from, whose threads are not here; make an "
+                "LLM in the process that uses it (multiprocessing.get_context('spawn') starts one with all its threads)"
+            )
+
     def refuse_if_closed(self) -> None:
         if self.is_closed:
             raise RuntimeError("this engine is closed; make a new LLM")
@@ -100,6 +117,7 @@ class _Waiting:
         self.turns = turns
 
     def __enter__(self) -> None:
+        self.turns.refuse_if_forked()
         if self.turns.is_inside():
             raise RuntimeError(
                 "the engine was called from inside one of its own steps (by a signal handler or a logits processor); "

@@ -77,7 +77,6 @@ class Workers:
         self.config, self.size = config, config.tensor_parallel_size
         self.failure: str | None = None
         self.failed_at = 0.0
-        self._owner = os.getpid()
         self._is_up = False
         self._group: RankGroup | None = None
         self._lock = threading.Lock()
@@ -89,7 +88,7 @@ class Workers:
         self.thread = StepThread()
         self._memory = new_memory(self.size)
         belongings = (self.processes, self.connections, self.directory, self._memory, self.thread)
-        self._finalizer = weakref.finalize(self, _clean_up, self._owner, *belongings)
+        self._finalizer = weakref.finalize(self, _clean_up, os.getpid(), *belongings)
         first = pickle.dumps((config, max_model_len, library_versions()))
         try:
             for rank in range(1, self.size):
@@ -201,9 +200,7 @@ class Workers:
             raise
 
     def raise_if_failed(self) -> None:
-        """Raise EngineDeadError if a rank has ended, or this is not the process that they serve."""
-        if os.getpid() != self._owner:
-            raise EngineDeadError("the engine belongs to the process that this one was forked from; make an LLM here")
+        """Raise EngineDeadError if a rank has ended."""
         if self.failure is not None:
             raise self._error()
 

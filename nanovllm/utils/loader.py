@@ -20,6 +20,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
+PLACEHOLDER_START = b"version https://git-lfs"
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Shard id of a tensor that is read only to be compared: its parameter is filled by another one, which it must equal.
@@ -242,4 +243,18 @@ def open_shard(path: str) -> Any:
     except (SafetensorError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
+        if _is_placeholder(path):
+            raise ValueError(
+                f"{path} is what git puts in place of a large file: fetch the file itself (git lfs pull), or download "
+                "it (nanovllm download)"
+            ) from error
         raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
+
+
+def _is_placeholder(path: str) -> bool:
+    """Whether a file is the text by which Git LFS stands for one that has not been fetched."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(PLACEHOLDER_START)) == PLACEHOLDER_START
+    except OSError:
+        return False

@@ -6,11 +6,14 @@ slowest of twice as many threads. So the number is that of the *physical cores o
 affinity mask of the process names, and no more than the CPU quota of its control groups. Threads are not bound: where
 they run is the operating system's business, or that of whoever set the mask.
 
+In a process that was forked from one that has computed with several, it is one: torch would wait for those for ever.
+
 It is used within an engine's steps only (:class:`ThreadLimit`): the rest of the program keeps the number it had. And
 it only replaces a number that torch chose by itself: OMP_NUM_THREADS, MKL_NUM_THREADS and ``torch.set_num_threads``
 are the user's word.
 """
 
+import logging
 import math
 import os
 from collections.abc import Collection, Mapping
@@ -21,7 +24,22 @@ import torch
 
 from nanovllm.utils.cgroups import ROOT, cpu_quota
 
+logger = logging.getLogger(__name__)
+
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+_had_several = False  # threads, in this process
+_has_lost_them = False
+
+
+def _start_afresh() -> None:
+    """In a forked process: GNU's OpenMP, which torch has on Linux, waits for ever for threads that its parent had."""
+    global _had_several, _has_lost_them
+    _had_several, _has_lost_them = False, _has_lost_them or _had_several
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh)
 
 
 def allowed_cpus() -> set[int] | None:
@@ -106,6 +124,11 @@ class ThreadLimit:
     """
 
     def __init__(self, ranks: int = 1, environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> None:
+        if _has_lost_them:
+            logger.warning(
+                "computing with one thread, which is slower: this process was forked from one that has used an LLM, "
+                "whose threads are not here (multiprocessing.get_context('spawn') starts processes that have all)"
+            )
         self._best, self._defaults = 1, set[int]()  # those that give way to the best number
         # torch's own pool, in builds without OpenMP, cannot be resized once it has been used.
         if torch.backends.openmp.is_available() and not any(environ.get(name) for name in VARIABLES):
@@ -116,11 +139,15 @@ class ThreadLimit:
 
     def num_threads(self) -> int:
         """Threads that torch computes with inside, were this thread to enter now."""
+        if _has_lost_them:
+            return 1
         current = torch.get_num_threads()
         return min(current, self._best) if current in self._defaults else current
 
     def __enter__(self) -> None:
+        global _had_several
         before, inside = torch.get_num_threads(), self.num_threads()
+        _had_several = _had_several or inside > 1
         self._entered.append((before, inside))
         if inside != before:
             torch.set_num_threads(inside)
