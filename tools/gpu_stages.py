@@ -27,14 +27,13 @@ from nanovllm.utils.memory import free_memory
 
 def check_tests(check: Check) -> None:
     """Tests marked ``gpu``, and those of the kernels, which run on what they find."""
-    check.part("gpu", run_pytest, ["-m", "gpu", "tests"] if check.on_cuda else ["-m", "gpu", "tests/test_gpu.py"])
+    workers = ["-n", "6"] if find_spec("xdist") and check.on_cuda else []  # what takes long is compiling
+    check.part("gpu", run_pytest, [*workers, "-m", "gpu", "tests" if check.on_cuda else "tests/test_gpu.py"])
     if not check.on_cuda:
         check.note("kernels", "needs CUDA: the tests of kernels are part of the ordinary ones elsewhere")
         return
-    files = [f"tests/{name}.py" for name in ("test_kernels", "test_sampling_kernels", "test_paged_attention")]
-    workers = ["-n", "8"] if find_spec("xdist") else []  # what takes long is compiling
-    for file in files:
-        check.part(Path(file).stem, run_pytest, [*workers, "-m", "not gpu", file])
+    for name in ("test_kernels", "test_sampling_kernels", "test_paged_attention"):
+        check.part(name, run_pytest, [*workers, "-m", "not gpu", f"tests/{name}.py"])
 
 
 def run_pytest(arguments: list[str]) -> str:
