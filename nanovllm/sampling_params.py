@@ -1,6 +1,7 @@
 """How one request is sampled and when it ends."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -105,10 +106,10 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
 
     def __new__(cls, *args: Any, **arguments: Any) -> "SamplingParams":
-        for name in arguments:
-            if name in _NOT_HERE:
+        for name, value in arguments.items():
+            if name in _NOT_HERE and not _asks_for_nothing(name, value):
                 raise TypeError(f"SamplingParams has no argument {name!r}: {_NOT_HERE[name]}")
-            if name not in _FIELDS:
+            if name not in _FIELDS and name not in _NOT_HERE:
                 raise unknown_argument("SamplingParams", name, _FIELDS)
         return object.__new__(cls)
 
@@ -210,6 +211,16 @@ _NOT_HERE = {
     "structured_outputs": _STRUCTURED,
     "use_beam_search": _BEAMS,
 }
+# Of these, the values besides None that ask for nothing.
+_NEUTRAL: dict[str, object] = {
+    "best_of": 1,
+    "early_stopping": False,
+    "extra_args": {},
+    "flat_logprobs": False,
+    "length_penalty": 1.0,
+    "skip_reading_prefix_cache": False,
+    "use_beam_search": False,
+}
 _BOOLEANS = (
     "include_stop_str_in_output",
     "ignore_eos",
@@ -217,6 +228,23 @@ _BOOLEANS = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )
+
+
+def _asks_for_nothing(name: str, value: object) -> bool:
+    return value is None or (name in _NEUTRAL and value == _NEUTRAL[name])
+
+
+def _taking_what_asks_for_nothing(init: Callable[..., None]) -> Callable[..., None]:
+    """The initialiser of the fields, for what ``__new__`` lets pass."""
+
+    @functools.wraps(init)
+    def initialise(self: SamplingParams, *args: Any, **arguments: Any) -> None:
+        init(self, *args, **{name: value for name, value in arguments.items() if name not in _NOT_HERE})
+
+    return initialise
+
+
+SamplingParams.__init__ = _taking_what_asks_for_nothing(SamplingParams.__init__)  # type: ignore[method-assign]
 
 
 def schedule_pieces(schedule: Schedule) -> list[tuple[float, float, float, float, bool]]:

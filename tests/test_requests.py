@@ -1,6 +1,7 @@
 """What may be asked of LLM beyond plain generation: chat, streams, iterators, several completions, stops, aborts."""
 
 import copy
+import dataclasses
 import gc
 import inspect
 import itertools
@@ -374,18 +375,26 @@ class TestArgumentsOfVllm:
         assert not ELSEWHERE.keys() & EngineConfig.__dataclass_fields__.keys()
 
     @pytest.mark.parametrize(
-        ("name", "message"),
+        ("name", "value", "message"),
         [
-            ("guided_decoding", "structured outputs come by logits_processors"),
-            ("structured_outputs", "structured outputs come by logits_processors"),
-            ("use_beam_search", "beam search is not there"),
-            ("best_of", "generate n completions with logprobs=0"),
-            ("output_kind", "leave it out"),
+            ("guided_decoding", {"json": {}}, "structured outputs come by logits_processors"),
+            ("structured_outputs", {"json": {}}, "structured outputs come by logits_processors"),
+            ("use_beam_search", True, "beam search is not there"),
+            ("best_of", 4, "generate n completions with logprobs=0"),
+            ("output_kind", 2, "leave it out"),
         ],
     )
-    def test_sampling_parameters(self, name: str, message: str) -> None:
+    def test_sampling_parameters(self, name: str, value: Any, message: str) -> None:
         with pytest.raises(TypeError, match=f"SamplingParams has no argument '{name}': .*{message}"):
-            SamplingParams(**{name: None})
+            SamplingParams(**{name: value})
+
+    def test_sampling_parameters_that_ask_for_nothing(self) -> None:
+        nothing = {"best_of": 1, "use_beam_search": False, "length_penalty": 1.0, "guided_decoding": None}
+        params = SamplingParams(n=2, max_tokens=3, **nothing)
+        assert params == SamplingParams(n=2, max_tokens=3)
+        assert not hasattr(params, "best_of")
+        assert dataclasses.replace(params, seed=1).seed == 1
+        assert list(inspect.signature(SamplingParams.__init__).parameters)[1:3] == ["n", "temperature"]
 
     def test_no_code_of_a_checkpoint_is_run_and_the_log_says_so(
         self, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
