@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import shutil
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -303,6 +304,15 @@ class TestDamage:
         text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1503300328\n"
         (checkpoint / "model.safetensors").write_text(text)
         with pytest.raises(ValueError, match=r"model\.safetensors is what git puts in place .*git lfs pull"):
+            make_llm(checkpoint)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="links need a right of their own")
+    def test_a_link_to_what_is_not_there_says_so(self, checkpoint: Path) -> None:
+        """As in a cache of downloads that was cleared in part: a listing shows the file."""
+        file = checkpoint / "model.safetensors"
+        file.unlink()
+        file.symlink_to(checkpoint / "blob")
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a link to .*blob, which is not there"):
             make_llm(checkpoint)
 
     def test_truncated_file_of_unknown_dtype_is_named(self, checkpoint: Path) -> None:

@@ -237,10 +237,14 @@ def load_weights(model: nn.Module, path: str, resolve: Callable[[str], tuple[str
 
 
 def open_shard(path: str) -> Any:
-    """Open a safetensors file; ValueError naming it if it is damaged."""
+    """Open a safetensors file; ValueError naming it if it is damaged, FileNotFoundError if it is not there."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if os.path.islink(path) and not os.path.exists(path):  # as in a cache that was cleared in part
+            raise FileNotFoundError(
+                f"{path} is a link to {os.path.realpath(path)}, which is not there; download it again"
+            ) from error
         if isinstance(error, FileNotFoundError):
             raise
         if _is_placeholder(path):
