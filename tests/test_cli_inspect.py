@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -374,6 +375,15 @@ class TestDamage:
         kind, message = the_problem(demo_copy, *SECTIONS)
         assert kind == "damaged file"
         assert message.startswith("model.safetensors is damaged or cut short")
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="links need a right of their own")
+    def test_a_link_to_nothing(self, demo_copy: Path) -> None:
+        file = demo_copy / "model.safetensors"
+        file.unlink()
+        file.symlink_to(demo_copy / "blob")
+        kind, message = the_problem(demo_copy, *SECTIONS)
+        assert kind == "missing file"
+        assert message.startswith("model.safetensors is a link to ")
 
     def test_a_file_that_is_not_there(self, checkpoint: Path) -> None:
         file = shard_of(checkpoint, "lm_head.weight")

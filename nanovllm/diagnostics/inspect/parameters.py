@@ -136,7 +136,8 @@ def read_headers(path: str, findings: Findings) -> ParametersSection:
     """List the files and tensors of a checkpoint; what cannot be read is a problem."""
     section = ParametersSection()
     for file_path in _files(path, findings):
-        info = FileInfo(os.path.basename(file_path), os.path.getsize(file_path))
+        size = os.path.getsize(file_path) if os.path.exists(file_path) else 0  # a link to nothing
+        info = FileInfo(os.path.basename(file_path), size)
         section.files.append(info)
         try:
             with open_shard(file_path) as file:
@@ -144,11 +145,12 @@ def read_headers(path: str, findings: Findings) -> ParametersSection:
                     part = file.get_slice(name)
                     section.tensors.append(TensorInfo(name, info.name, str(part.get_dtype()), list(part.get_shape())))
                     info.num_tensors += 1
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             info.readable = False
             message = str(error).replace(f"{path}{os.sep}", "")
             lost = _indexed(path, info.name)
-            findings.problem("parameters", "damaged file", f"{message}{_lost(lost)}")
+            kind = "damaged file" if isinstance(error, ValueError) else "missing file"
+            findings.problem("parameters", kind, f"{message}{_lost(lost)}")
     return section
 
 
