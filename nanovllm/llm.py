@@ -15,7 +15,7 @@ from nanovllm.engine.tokenizer import ChatOptions, as_conversations, check_conve
 from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.text import counted, kind_of
-from nanovllm.utils.validation import unknown_argument
+from nanovllm.utils.validation import unknown_argument, unknown_attribute
 from nanovllm.utils.vllm_arguments import ATTRIBUTES, OF_CALLS, check_of_call
 
 if TYPE_CHECKING:  # typing has it from Python 3.11 on
@@ -139,10 +139,7 @@ class LLM:
     if not TYPE_CHECKING:  # a type checker that saw it would let every name pass
 
         def __getattr__(self, name: str) -> Any:
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if name in ATTRIBUTES:
-                raise AttributeError(f"{message}: {ATTRIBUTES[name]}")
-            raise AttributeError(message, name=name, obj=self)  # with both, Python suggests a name like it
+            raise unknown_attribute(self, name, ATTRIBUTES.get(name))
 
     @property
     def engine(self) -> LLMEngine:

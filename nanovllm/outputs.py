@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.utils.validation import unknown_attribute
+
 
 @dataclass(slots=True)
 class Logprob:
@@ -108,10 +110,9 @@ class RequestOutput:
     if not TYPE_CHECKING:  # a type checker that saw it would let every name pass
 
         def __getattr__(self, name: str) -> Any:
-            message = f"'RequestOutput' object has no attribute {name!r}"
-            if name in CompletionOutput.__dataclass_fields__:
-                raise AttributeError(f"{message}: it is a completion's, output.outputs[0].{name}")
-            raise AttributeError(message, name=name, obj=self)
+            is_a_completions = name in CompletionOutput.__dataclass_fields__
+            instead = f"it is a completion's, output.outputs[0].{name}" if is_a_completions else None
+            raise unknown_attribute(self, name, instead)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from nanovllm.utils.validation import check_bool, check_int, check_number, unknown_argument
+from nanovllm.utils.vllm_arguments import OF_PARAMS, check_of_params
 
 # Beyond these a bias decides by itself; vLLM and OpenAI's interface keep it within them too.
 MAX_LOGIT_BIAS = 100.0
@@ -107,9 +108,9 @@ class SamplingParams:
 
     def __new__(cls, *args: Any, **arguments: Any) -> "SamplingParams":
         for name, value in arguments.items():
-            if name in _NOT_HERE and not _asks_for_nothing(name, value):
-                raise TypeError(f"SamplingParams has no argument {name!r}: {_NOT_HERE[name]}")
-            if name not in _FIELDS and name not in _NOT_HERE:
+            if name in OF_PARAMS:
+                check_of_params(name, value)
+            elif name not in _FIELDS:
                 raise unknown_argument("SamplingParams", name, _FIELDS)
         return object.__new__(cls)
 
@@ -195,32 +196,6 @@ class SamplingParams:
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _LAST_FIELD = dataclasses.fields(SamplingParams)[-1].name
-# Arguments of vLLM's that we lack, and what to do without them.
-_STRUCTURED = "structured outputs come by logits_processors, as in examples/structured_output.py; leave it out"
-_BEAMS = "beam search is not there; leave it out, or take the best of n completions by their cumulative_logprob"
-_NOT_HERE = {
-    "best_of": "leave it out, or generate n completions with logprobs=0 and take the best by their cumulative_logprob",
-    "early_stopping": _BEAMS,
-    "extra_args": "nothing would read them; leave it out",
-    "flat_logprobs": "logprobs are a dictionary a token; leave it out",
-    "guided_decoding": _STRUCTURED,
-    "length_penalty": _BEAMS,
-    "output_kind": "generate gives whole outputs and stream new pieces; leave it out",
-    "skip_reading_prefix_cache": "prompt_logprobs are computed whatever is cached; leave it out, or pass "
-    "LLM(enable_prefix_caching=False)",
-    "structured_outputs": _STRUCTURED,
-    "use_beam_search": _BEAMS,
-}
-# Of these, the values besides None that ask for nothing.
-_NEUTRAL: dict[str, object] = {
-    "best_of": 1,
-    "early_stopping": False,
-    "extra_args": {},
-    "flat_logprobs": False,
-    "length_penalty": 1.0,
-    "skip_reading_prefix_cache": False,
-    "use_beam_search": False,
-}
 _BOOLEANS = (
     "include_stop_str_in_output",
     "ignore_eos",
@@ -230,21 +205,16 @@ _BOOLEANS = (
 )
 
 
-def _asks_for_nothing(name: str, value: object) -> bool:
-    return value is None or (name in _NEUTRAL and value == _NEUTRAL[name])
+_set_fields = SamplingParams.__init__
 
 
-def _taking_what_asks_for_nothing(init: Callable[..., None]) -> Callable[..., None]:
-    """The initialiser of the fields, for what ``__new__`` lets pass."""
-
-    @functools.wraps(init)
-    def initialise(self: SamplingParams, *args: Any, **arguments: Any) -> None:
-        init(self, *args, **{name: value for name, value in arguments.items() if name not in _NOT_HERE})
-
-    return initialise
+@functools.wraps(_set_fields)
+def _initialise(self: SamplingParams, *args: Any, **arguments: Any) -> None:
+    """Arguments of vLLM's that ``__new__`` lets pass ask for nothing."""
+    _set_fields(self, *args, **{name: value for name, value in arguments.items() if name not in OF_PARAMS})
 
 
-SamplingParams.__init__ = _taking_what_asks_for_nothing(SamplingParams.__init__)  # type: ignore[method-assign]
+SamplingParams.__init__ = _initialise  # type: ignore[method-assign]
 
 
 def schedule_pieces(schedule: Schedule) -> list[tuple[float, float, float, float, bool]]:

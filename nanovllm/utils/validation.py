@@ -87,6 +87,14 @@ def unknown_argument(where: str, name: str, known: Iterable[str]) -> TypeError:
     return TypeError(f"{where} has no argument {name!r}; {hint}")
 
 
+def unknown_attribute(owner: Any, name: str, instead: str | None) -> AttributeError:
+    """An AttributeError for an attribute that ``owner`` lacks: what there is instead, or Python's own suggestion."""
+    message = f"{type(owner).__name__!r} object has no attribute {name!r}"
+    if instead is not None:
+        return AttributeError(f"{message}: {instead}")
+    return AttributeError(message, name=name, obj=owner)  # with both, Python suggests a name like it
+
+
 def nearest(wrong: str, known: Iterable[str]) -> str | None:
     """The known name that was most likely meant: one that begins so (temp: temperature), or looks alike; or None."""
     names, wrong = sorted(known), wrong.lower()

@@ -1,4 +1,4 @@
-"""What vLLM's ``LLM`` has and ours lacks, so that scripts written for it run, or are told what to change."""
+"""What vLLM's ``LLM`` and ``SamplingParams`` have and ours lack: scripts written for it run, or are told what to do."""
 
 import logging
 from typing import Any
@@ -98,16 +98,38 @@ INSTEAD = {
     "rope_theta": _HF_OVERRIDES,
 }
 
+_STRUCTURED = "structured outputs come by logits_processors, as in examples/structured_output.py"
 # Keywords of vLLM's calls, with what to do where they ask for something: None, 0 and what is empty ask for nothing.
 OF_CALLS = {
     "chat_template_content_format": "leave it out: a message's content is a text, or a list of parts of type 'text'",
-    "guided_options_request": "structured outputs come by logits_processors, as in examples/structured_output.py",
+    "guided_options_request": _STRUCTURED,
     "lora_request": _MERGE,
     "mm_processor_kwargs": "leave it out: there is no multi-modal input",
     "priority": "requests are served first come, first served: give the urgent ones first, or in a call of their own",
     "prompt_adapter_request": "leave it out",
     "prompt_token_ids": "pass the lists of token ids as prompts: generate([[1, 2, 3]])",
     "tokenization_kwargs": "use SamplingParams(truncate_prompt_tokens=...), or tokenise yourself, and pass the ids",
+}
+_BEAMS = "beam search is not there; leave it out, or take the best of n completions by their cumulative_logprob"
+# Arguments of vLLM's SamplingParams, with what to do where they ask for something, and the value that, like None, does
+# not.
+OF_PARAMS: dict[str, tuple[str, object]] = {
+    "best_of": (
+        "leave it out, or generate n completions with logprobs=0 and take the best by their cumulative_logprob",
+        1,
+    ),
+    "early_stopping": (_BEAMS, False),
+    "extra_args": ("nothing would read them; leave it out", {}),
+    "flat_logprobs": ("logprobs are a dictionary a token; leave it out", False),
+    "guided_decoding": (f"{_STRUCTURED}; leave it out", None),
+    "length_penalty": (_BEAMS, 1.0),
+    "output_kind": ("generate gives whole outputs and stream new pieces; leave it out", None),
+    "skip_reading_prefix_cache": (
+        "prompt_logprobs are computed whatever is cached; leave it out, or pass LLM(enable_prefix_caching=False)",
+        False,
+    ),
+    "structured_outputs": (f"{_STRUCTURED}; leave it out", None),
+    "use_beam_search": (_BEAMS, False),
 }
 _NO_POOLING = "it generates and scores; it has no embeddings, and token ids are llm.get_tokenizer().encode(text)"
 _PROFILE = "the command nanovllm profile tells where a step's time goes, and nanovllm trace what each step does"
@@ -161,3 +183,14 @@ def check_of_call(where: str, name: str, value: Any) -> None:
     asks = any(value) if isinstance(value, (list, tuple)) else bool(value)
     if asks and (name, value) != ("chat_template_content_format", "auto"):
         raise TypeError(f"{where} has no argument {name!r}; {OF_CALLS[name]}")
+
+
+def check_of_params(name: str, value: Any) -> None:
+    """Refuse an argument in ``OF_PARAMS`` that asks for something.
+
+    Raises:
+        TypeError: It does.
+    """
+    instead, neutral = OF_PARAMS[name]
+    if value is not None and value != neutral:
+        raise TypeError(f"SamplingParams has no argument {name!r}: {instead}")
