@@ -314,7 +314,7 @@ class TestSettingsOfFewRows:
         with all_kernels(monkeypatch), open_captured(tiny_checkpoint, max_num_seqs=1, max_model_len=80) as llm:
             before = llm.engine.runner.graphs
             _, expected = stage.time_steps(llm, steps=2, repeats=1)
-            with stage.changed({"decode_few_rows": {"TILE": 32}, "fused_linear": {"ELEMENTS": 1024}}):
+            with stage.changed({"decode_few_rows": {"TILE": 32}, "fused_linear": {"MOST_TILE_BYTES": 2048}}):
                 stage.recapture(llm)
                 assert llm.engine.runner.graphs not in (None, before)
                 assert stage.time_steps(llm, steps=2, repeats=1)[1] == expected

@@ -39,6 +39,8 @@ LOG2_E = math.log2(math.e)
 # Rows up to which a step is a matter of reading weights, and has kernels of its own (``fused_linear``,
 # ``decode_few_rows``).
 FEW_ROWS = 4
+# Of what a program has in shared memory at a time: GPUs have 99 KiB of it, or more, and something else needs some.
+MOST_TILE_BYTES = 64 << 10
 # A name for several.
 GROUPS = {"batch_state": ("decode_inputs", "decode_outputs"), "few_rows": ("fused_linear", "decode_few_rows")}
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels import LOG2_E
+from nanovllm.kernels import LOG2_E, MOST_TILE_BYTES
 from nanovllm.kernels.decode_work import DecodeWork, load_item, multiprocessors
 from nanovllm.kernels.dependent_launch import (
     SINCE_TRITON_3_5,
@@ -31,9 +31,6 @@ PARTS = 4
 LEAST_LINES = 8 if SINCE_TRITON_3_5 else 16
 # Heads that may share a key-value head.
 MOST_GROUP = 8
-# Bytes of a program's keys and values. Products of float32 have them in shared memory, of which GPUs have 99 KiB or
-# more.
-MOST_BYTES = 64 << 10
 # Programs launched for a multiprocessor at most, fewer than could run at a time; each goes on that many items.
 PROGRAMS_PER_SM = 2
 
@@ -258,8 +255,8 @@ def _decode_few_rows_kernel(
 
 def suits(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernel is for heads of these numbers and sizes."""
-    held = 2 * TILE * triton.next_power_of_2(head_dim) * dtype.itemsize
-    return num_heads // num_kv_heads <= MOST_GROUP and held <= MOST_BYTES
+    held = 2 * TILE * triton.next_power_of_2(head_dim) * dtype.itemsize  # products of float32 share it
+    return num_heads // num_kv_heads <= MOST_GROUP and held <= MOST_TILE_BYTES
 
 
 def decode_few_rows(

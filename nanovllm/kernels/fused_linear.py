@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels import MOST_TILE_BYTES
 from nanovllm.kernels.decode_work import multiprocessors
 from nanovllm.kernels.dependent_launch import (
     SINCE_TRITON_3_5,
@@ -31,11 +32,10 @@ LEAST_FOLD = 8 if SINCE_TRITON_3_5 else 16
 MOST_FOLD = 16
 MOST_OF_A_PIECE = 512
 # Lines of the weight that a program takes; half as many where that leaves a tenth of the multiprocessors or more idle,
-# or where they have more than ELEMENTS elements, of the gate's half and of the other one together.
+# or where they have more than MOST_TILE_BYTES, of the gate's half and of the other one together.
 MOST_OUTPUTS = 16
-ELEMENTS = 32768
 # Of these, what a warp keeps in registers.
-WARP_ELEMENTS = 4096
+WARP_BYTES = 8 << 10
 
 
 @triton.jit
@@ -56,6 +56,7 @@ def _fused_linear_kernel(
     PIECE: tl.constexpr,
     PIECE_TILE: tl.constexpr,
     OUTPUT_TILE: tl.constexpr,
+    FACTOR_LINES: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -68,7 +69,6 @@ def _fused_linear_kernel(
     if not HOLDS_BACK:
         let_next_kernel_start(OVERLAPS)
     HALVES: tl.constexpr = 2 if GATED else 1
-    FACTOR_LINES: tl.constexpr = HALVES * OUTPUT_TILE * FOLD
     first = tl.program_id(0) * OUTPUT_TILE
     output = first + tl.arange(0, OUTPUT_TILE)
     is_output = output < OUTPUTS
@@ -162,7 +162,7 @@ def fused_linear(
     assert out.dtype == x.dtype
     if rows > 0:
         sizes, num_warps = _launch_sizes(inputs, outputs, gated, x.element_size(), multiprocessors(x.device))
-        described = has_hopper_features(x.device) and _can_be_described(weight, sizes, gated)
+        described = has_hopper_features(x.device) and _can_be_described(weight, sizes)
         _fused_linear_kernel[(triton.cdiv(outputs, sizes["OUTPUT_TILE"]),)](
             x,
             x.stride(0),
@@ -211,15 +211,14 @@ def fused_linear_reference(
     return y if out is None else out.copy_(y)
 
 
-def _can_be_described(weight: torch.Tensor, sizes: dict[str, int], gated: bool) -> bool:
-    """Whether pieces lie as descriptors want them, and shared memory, of which GPUs have 99 KiB or more, has room."""
+def _can_be_described(weight: torch.Tensor, sizes: dict[str, int]) -> bool:
+    """Whether pieces lie as descriptors want them, and shared memory has room."""
     piece_bytes = sizes["PIECE"] * weight.element_size()
-    lines = (2 if gated else 1) * sizes["OUTPUT_TILE"] * sizes["FOLD"]
     return (
         sizes["PIECE"] * sizes["FOLD"] == weight.shape[1]
         and piece_bytes % 16 == 0
         and weight.data_ptr() % 16 == 0
-        and lines * sizes["PIECE_TILE"] * weight.element_size() <= 64 << 10
+        and sizes["FACTOR_LINES"] * sizes["PIECE_TILE"] * weight.element_size() <= MOST_TILE_BYTES
     )
 
 
@@ -246,12 +245,13 @@ def _launch_sizes(inputs: int, outputs: int, gated: bool, itemsize: int, process
     least = max(1, 64 // (fold * halves)) if by_tiles else 1  # of tiles, one for each of four warps
     output_tile = MOST_OUTPUTS
     while output_tile > least and (
-        halves * output_tile * fold * tile * itemsize > 2 * ELEMENTS
+        halves * output_tile * fold * tile * itemsize > MOST_TILE_BYTES
         or triton.cdiv(outputs, output_tile) * 10 < 9 * processors
     ):
         output_tile //= 2
     lines = halves * output_tile * fold
     most_warps = min(lines // 16, 16) if by_tiles else 16
-    num_warps = min(max(lines * tile * itemsize // (2 * WARP_ELEMENTS), 4), most_warps)
-    sizes = {"FOLD": fold, "PIECE": piece, "PIECE_TILE": tile, "OUTPUT_TILE": output_tile, "BY_TILES": by_tiles}
+    num_warps = min(max(lines * tile * itemsize // WARP_BYTES, 4), most_warps)
+    sizes = {"FOLD": fold, "PIECE": piece, "PIECE_TILE": tile, "OUTPUT_TILE": output_tile, "FACTOR_LINES": lines}
+    sizes["BY_TILES"] = by_tiles
     return sizes, num_warps
