@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = [
     "device",
     "kernels",
+    "compiled",
     "backends",
     "tests",
     "parity",

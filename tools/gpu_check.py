@@ -44,6 +44,7 @@ from nanovllm.utils.environment import hardware, versions  # noqa: E402
 STAGES: dict[str, tuple[Callable[[Check], None], float]] = {
     "device": (gpu_kernels.check_device, 60),
     "kernels": (gpu_kernels.check_kernels, 240),
+    "compiled": (gpu_kernels.check_compiled, 240),
     "backends": (gpu_attention.check_backends, 240),
     "tests": (gpu_stages.check_tests, 480),
     "parity": (gpu_stages.check_parity, 300),

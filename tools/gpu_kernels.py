@@ -1,5 +1,6 @@
 """Stages of gpu_check.py about the device and single kernels: against their references, and how fast."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +94,7 @@ class Case:
         outputs: What to compare, of what was returned and the arguments.
         num_bytes: Least memory traffic of a call; 0 where only the time is of interest.
         flops: Operations of a call, for kernels that arithmetic limits.
+        compiled: What torch.compile may make the same of, in one graph; None to leave it.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Case:
     outputs: Callable[[Any, tuple[Any, ...]], list[torch.Tensor]]
     num_bytes: int = 0
     flops: int = 0
+    compiled: Callable[..., Any] | None = None
 
 
 def run_case(check: Check, case: Case, dtype: torch.dtype) -> Result:
@@ -142,6 +145,38 @@ def speed(check: Check, seconds: float, num_bytes: int = 0, flops: int = 0) -> R
     return result
 
 
+def check_compiled(check: Check) -> None:
+    """What torch.compile makes of the references, beside the kernels, on equal arguments."""
+    shape, dtype, device = shape_of(check), half(check), check.device
+    cases = [case for tokens in (shape.rows, shape.tokens) for case in dense_cases(shape, dtype, device, tokens)]
+    for case in [*cases, *sampling_cases(shape, dtype, device)]:
+        if case.compiled is not None:
+            check.part(f"{case.name} {str(dtype).removeprefix('torch.')}", compare_compiled, check, case)
+
+
+def compare_compiled(check: Check, case: Case) -> Result:
+    def microseconds(function: Callable[..., Any]) -> float:
+        copies = 1 if check.quick else min(MOST_COPIES, max(2, ROTATED_BYTES // max(case.num_bytes, 1)))
+        generators = [torch.Generator(check.device).manual_seed(seed) for seed in range(copies)]
+        return device_seconds([partial(function, *case.make(g)) for g in generators], check.device) * 1e6
+
+    assert case.compiled is not None
+    torch.compiler.reset()
+    backend = "eager" if check.quick else "inductor"  # a rehearsal needs no compiler
+    compiled = torch.compile(case.compiled, fullgraph=True, dynamic=False, backend=backend)
+    given, others = (case.make(torch.Generator(check.device).manual_seed(0)) for _ in range(2))
+    begun = time.perf_counter()
+    found = case.outputs(compiled(*given), given)
+    seconds = time.perf_counter() - begun
+    if check.on_cuda:
+        expected = case.outputs(case.run(*others), others)
+        for actual, wanted in zip(found, expected, strict=True):
+            if wanted.dtype.is_floating_point and not relative_error(actual, wanted) <= ERROR_LIMITS[wanted.dtype]:
+                raise RuntimeError("torch.compile and the kernel disagree")
+    ours, theirs = (microseconds(function) for function in (case.run, compiled))
+    return {"us": ours, "us_compiled": theirs, "ratio": theirs / ours, "seconds_of_compiling": seconds}
+
+
 # ------------------------------------------------------------------------------- between the matrix products
 
 
@@ -166,6 +201,20 @@ def dense_cases(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: 
         norms = random(g, head_dim), random(g, head_dim), EPS
         return projected, *norms, angles.cos(), angles.sin(), positions, *places(g), heads, kv_heads
 
+    def store_every_token(
+        qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, *rest: Any
+    ) -> torch.Tensor:
+        """As the reference does it where no slot is -1: which ones are would be for the host to read."""
+        eps, cos, sin, positions, keys, values, slots, num_heads, num_kv_heads = rest
+        q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q, k = (
+            qk_norm_rope_store._rotate(rms_norm.rms_norm_reference(x, weight, eps)[0], cos[positions], sin[positions])
+            for x, weight in ((q, q_weight), (k, k_weight))
+        )
+        keys[slots // 16, :, slots % 16] = k
+        values[slots // 16, :, slots % 16] = v
+        return q
+
     qkv_elements = tokens * (heads + 2 * kv_heads) * head_dim
     yield Case(
         f"rms_norm {tokens}",
@@ -174,6 +223,7 @@ def dense_cases(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: 
         lambda g: (random(g, tokens, hidden), random(g, hidden), EPS, random(g, tokens, hidden)),
         lambda returned, _: list(returned),
         4 * tokens * hidden * dtype.itemsize,
+        compiled=rms_norm.rms_norm_reference,
     )
     yield Case(
         f"silu_and_mul {tokens}",
@@ -182,6 +232,7 @@ def dense_cases(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: 
         lambda g: (random(g, tokens, 2 * shape.intermediate),),
         lambda returned, _: [returned],
         3 * tokens * shape.intermediate * dtype.itemsize,
+        compiled=silu_and_mul.silu_and_mul_reference,
     )
     yield Case(
         f"qk_norm_rope_store {tokens}",
@@ -190,6 +241,7 @@ def dense_cases(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: 
         qkv,
         lambda returned, given: [returned, given[7], given[8]],
         2 * qkv_elements * dtype.itemsize,
+        compiled=store_every_token,
     )
     yield Case(
         f"store_kv {tokens}",
@@ -269,6 +321,7 @@ def sampling_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> It
             partial(plain, rows=rows),
             lambda returned, _: [returned],
             rows * shape.vocab * dtype.itemsize,
+            compiled=sample.sample_reference,
         )
     yield Case(
         f"nucleus {shape.rows}",

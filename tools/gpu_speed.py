@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -137,60 +138,84 @@ def check_latency(check: Check) -> None:
 
 
 def check_many(check: Check) -> None:
-    """More requests than places, under each policy of admission."""
-    many, fewer, rows = "4096:100-1024:100-1024", "1024:100-1024:100-1024", "256"
+    """Policies of admission: where all requests have a place at once, and where many wait for one."""
+    standard, fewer, many, rows = (*(f"{n}:100-1024:100-1024" for n in (256, 1024, 4096)), "256")
     if check.quick:
-        many, fewer, rows = "6:8-16:4-8", "4:8-16:4-8", "2"
+        standard, fewer, many, rows = "2:8-16:4-8", "4:8-16:4-8", "6:8-16:4-8", "2"
     policies = {
         "mixed at once": AdmissionPolicy(),
         "prompts first and alone": AdmissionPolicy(mixed=False),
         "gathering 16": AdmissionPolicy(vacancies=16),
+        "gathering 16, prompts alone": AdmissionPolicy(vacancies=16, mixed=False),
+        "gathering 64": AdmissionPolicy(vacancies=64),
     }
-    requests = draw(check, fewer)
-    engine = open_engine(check, requests, "--max-num-seqs", rows)
+    engine = open_engine(check, draw(check, many), "--max-num-seqs", rows)
     scheduler = engine.llm.engine.scheduler
-    standard = check.earlier.get("standard", {}).get("output_tokens_per_second")
+    rates: dict[str, float] = {}
 
-    def run(chosen: bench.Requests, policy: AdmissionPolicy) -> Result:
+    def run(workload: str, policy: AdmissionPolicy) -> Result:
         scheduler.policy = policy
-        result = measure_runs(check, engine, chosen, 1)
-        return result | ({"of_standard": result["output_tokens_per_second"] / standard} if standard else {})
+        result = measure_runs(check, engine, draw(check, workload), 1)
+        rates.setdefault(workload, result["output_tokens_per_second"])
+        return result | {"of_standard": result["output_tokens_per_second"] / rates.get(standard, float("nan"))}
 
     try:
         default = scheduler.policy
         check.note("default policy", str(default))
-        check.part(f"{many}, default", run, draw(check, many), default)
-        for name, policy in policies.items():
-            check.part(f"{fewer}, {name}", run, requests, policy)
+        check.part(f"{standard}, default", run, standard, default)
+        for workload in (standard, fewer):
+            for name, policy in policies.items():
+                if workload == fewer or policy.vacancies == 1:  # nobody waits for a vacancy where there are enough
+                    check.part(f"{workload}, {name}", run, workload, policy)
+        check.part(f"{many}, default", run, many, default)
     finally:
         engine.close()
 
 
 def check_ablation(check: Check) -> None:
-    """Half the standard run with everything on, and with one thing off at a time, each in a process of its own."""
-    workload = "2:8-16:4-8" if check.quick else "128:100-1024:100-1024"
+    """Half the standard run with everything on, and with one thing off at a time."""
+    requests = draw(check, "2:8-16:4-8" if check.quick else "128:100-1024:100-1024")
     off = {"nothing": "", "graphs": "graphs"} if check.quick else ABLATIONS
     rates: dict[str, float] = {}
+
+    def run(disabled: str) -> Result:
+        with patch.dict(os.environ, {DISABLE_VARIABLE: disabled}):
+            engine = open_engine(check, requests)
+        try:
+            result = measure_runs(check, engine, requests, 1)
+            num_graphs = engine.llm.get_metrics()["num_graphs"]
+        finally:
+            engine.close()
+        rate = result["output_tokens_per_second"]
+        relative = rate / rates.setdefault("", rate)  # to what came first, which is without nothing
+        names = ("output_tokens_per_second", "prefill_seconds", "decode_seconds")
+        return {"relative": relative, **{name: result[name] for name in names}, "num_graphs": num_graphs}
+
     for name, disabled in off.items():
-        result = check.part(f"without {name}", bench_process, check, workload, disabled, [])
-        if result is not None:
-            rates[name] = result["output_tokens_per_second"]
-            check.note(f"without {name}", {**result, "relative": rates[name] / rates.get("nothing", rates[name])})
+        check.part(f"without {name}", run, disabled)
     if not check.quick:
         small = "16:100-300:50-100"
         for backend in BACKENDS:
-            check.part(f"backend {backend}, {small}", bench_process, check, small, "", ["--attention-backend", backend])
+            check.part(f"backend {backend}, {small}", run_backend, check, draw(check, small), backend)
 
 
-def bench_process(
-    check: Check, workload: str, disabled: str, options: list[str], timeout: float = 200, engine: str = "nanovllm"
-) -> Result:
+def run_backend(check: Check, requests: bench.Requests, backend: str) -> Result | str:
+    try:
+        engine = open_engine(check, requests, "--attention-backend", backend)
+    except ValueError as error:
+        return f"not here: {error}"
+    try:
+        return measure_runs(check, engine, requests, 1)
+    finally:
+        engine.close()
+
+
+def bench_process(check: Check, workload: str, options: list[str], timeout: float, engine: str) -> Result:
     """A run of bench.py by itself; the figures of the engine named last."""
     command = [sys.executable, str(ROOT / "bench.py"), "--random-weights", shape_name(check), "--engine", engine]
     command += ["--workload", workload, "--json", "--weights-cache", str(WEIGHTS), *options]
     done = subprocess.run(
         [*command, "--device", check.device.type],
-        env={**os.environ, DISABLE_VARIABLE: disabled},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -204,28 +229,39 @@ def bench_process(
     names = ("output_tokens_per_second", "median_seconds", "prefill_seconds", "decode_seconds")
     result = {name: figures[name] for name in names if name in figures}
     result["num_graphs"] = report["engines"]["nanovllm"]["num_graphs"]
+    if len(report["engines"]) > 1:
+        result |= {f"setup {name}": engine["setup"] for name, engine in report["engines"].items()}
+        result |= {f"seconds {name}": one["seconds"] for name, one in found["results"].items()}
     return result | {f"ratio {pair}": ratio for pair, ratio in found["ratios"].items()}
 
 
 def check_hf(check: Check) -> None:
-    """transformers' continuous batching on the same requests; where that is not to be had, its padded batches."""
+    """transformers' continuous batching on the same requests; where that is not to be had, its padded batches.
+
+    Where flash-attn is installed it takes that, and the requests are the standard run's. Elsewhere they are fewer: each
+    token of a step is compared with the contexts of all.
+    """
     sizes = (2,) if check.quick else (8, 16, 32, 64, 128)
     lengths = "8-16:4-8" if check.quick else "100-1024:100-1024"
     options, limit, seconds = ["--separately"], 200.0, 0.0
     if hasattr(transformers.generation, "ContinuousBatchingConfig"):
+        if check.on_cuda and find_spec("flash_attn"):
+            thrice = [*options, "--repeats", "3"]
+            if check.part("hf-cb 256", bench_process, check, f"256:{lengths}", thrice, limit, "nanovllm,hf-cb"):
+                return
         for size in sizes:
             if seconds * 4 > 60:  # twice the rows, each of which is compared with twice the contexts
                 check.note(f"hf-cb {size}", f"not run: {size // 2} requests took {seconds:.0f} s")
                 return
             work = f"{size}:{lengths}"
-            result = check.part(f"hf-cb {size}", bench_process, check, work, "", options, limit, "nanovllm,hf-cb")
+            result = check.part(f"hf-cb {size}", bench_process, check, work, options, limit, "nanovllm,hf-cb")
             if result is None:
                 break
             seconds, limit = result["median_seconds"], 310.0
         else:
             return
     check.note("hf-cb", "not to be had: what follows are padded batches")
-    check.part(f"hf {sizes[0]}", bench_process, check, f"{sizes[0]}:{lengths}", "", options, limit, "nanovllm,hf")
+    check.part(f"hf {sizes[0]}", bench_process, check, f"{sizes[0]}:{lengths}", options, limit, "nanovllm,hf")
 
 
 # --------------------------------------------------------------------------------------------------- profile
