@@ -281,8 +281,8 @@ class TestSettingsOfFewRows:
 
     def test_each_is_of_a_constant_there_is_and_another_value(self, stage: ModuleType) -> None:
         pytest.importorskip("triton", reason="triton is not installed")
-        for name, settings in stage.SETTINGS.items():
-            modules = {module: importlib.import_module(f"nanovllm.kernels.{module}") for module in settings}
+        for name, settings in [*stage.SETTINGS.items(), *stage.SETTINGS_OF_MORE.items()]:
+            modules = {module: importlib.import_module(f"nanovllm.{module}") for module in settings}
             places = [(modules[module], key) for module, values in settings.items() for key in values]
             before = [getattr(*place) for place in places]
             with stage.changed(settings):
@@ -299,7 +299,7 @@ class TestSettingsOfFewRows:
             return [fused_linear._launch_sizes(*product, False, 2, 132)[0]["BY_TILES"] for product in products]
 
         assert are_by_tiles() == [True, True, True]
-        with stage.changed(stage.SETTINGS["output projection by loads, element by element"]):
+        with stage.changed(stage.SETTINGS[stage.ELEMENTWISE]):
             assert are_by_tiles() == [True, False, True]
 
     @pytest.mark.slow
@@ -314,8 +314,9 @@ class TestSettingsOfFewRows:
         monkeypatch.setattr(stage, "CudaCapture", lambda: call_again)
         with all_kernels(monkeypatch), open_captured(tiny_checkpoint, max_num_seqs=1, max_model_len=80) as llm:
             before = llm.engine.runner.graphs
-            _, expected = stage.time_steps(llm, steps=2, repeats=1)
-            with stage.changed({"decode_few_rows": {"TILE": 32}, "fused_linear": {"MOST_TILE_BYTES": 2048}}):
+            _, expected = stage.time_steps(llm, rows=1, steps=2, repeats=1)
+            sizes = {"kernels.decode_few_rows": {"TILE": 32}, "kernels.fused_linear": {"MOST_TILE_BYTES": 2048}}
+            with stage.changed(sizes):
                 stage.recapture(llm)
                 assert llm.engine.runner.graphs not in (None, before)
-                assert stage.time_steps(llm, steps=2, repeats=1)[1] == expected
+                assert stage.time_steps(llm, rows=1, steps=2, repeats=1)[1] == expected
