@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -244,6 +245,40 @@ class TestRoofline:
     def test_more_requests_than_rows_take_more_steps(self, gpu_measure: ModuleType) -> None:
         limit = gpu_measure.roofline([1] * 8, [11] * 8, self.CONFIG, 1.0, 1.0, max_rows=2)
         assert limit.decode_steps == 8 * 10 // 2
+
+
+class TestContinuousBatching:
+    """Which requests transformers is given: each step without flash-attn costs with the square of them."""
+
+    @pytest.fixture
+    def asked(
+        self, gpu_check: ModuleType, gpu_measure: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> Callable[..., list[str]]:
+        stage = importlib.import_module("gpu_speed")
+
+        def ask(flash_attn: bool, seconds: dict[str, float]) -> list[str]:
+            made: list[str] = []
+
+            def bench_process(check: Any, workload: str, options: list[str], *rest: Any) -> dict[str, float]:
+                made.append(workload)
+                return {"median_seconds": seconds[workload.partition(":")[0]]}
+
+            monkeypatch.setattr(stage.transformers.generation, "ContinuousBatchingConfig", object, raising=False)
+            monkeypatch.setattr(stage, "find_spec", lambda name: object() if flash_attn else None)
+            monkeypatch.setattr(stage, "bench_process", bench_process)
+            check = gpu_measure.Check(torch.device("cuda"), False, tmp_path)
+            stage.check_hf(check)
+            assert not check.errors
+            return [*made, *(key for key, value in check.results.items() if isinstance(value, str))]
+
+        return ask
+
+    def test_those_of_the_standard_run_with_flash_attn(self, asked: Callable[..., list[str]]) -> None:
+        assert asked(True, {"256": 10.0}) == ["256:100-1024:100-1024"]
+
+    def test_without_it_twice_as_many_until_they_take_too_long(self, asked: Callable[..., list[str]]) -> None:
+        made = asked(False, {"8": 4.0, "16": 9.0, "32": 20.0})
+        assert made == [*(f"{n}:100-1024:100-1024" for n in (8, 16, 32)), "hf-cb 64"]
 
 
 class TestDeviceUsage:
