@@ -69,6 +69,9 @@ def _fused_linear_kernel(
     if not HOLDS_BACK:
         let_next_kernel_start(OVERLAPS)
     HALVES: tl.constexpr = 2 if GATED else 1
+    # Whether a row is asked for before the result of the one before it is stored, past which the compiler moves no load.
+    # Where lines are long, registers are short, and the weight takes longer to read anyway.
+    AHEAD: tl.constexpr = FOLD * PIECE_TILE <= 4096
     first = tl.program_id(0) * OUTPUT_TILE
     output = first + tl.arange(0, OUTPUT_TILE)
     is_output = output < OUTPUTS
@@ -98,7 +101,12 @@ def _fused_linear_kernel(
 
     dtype: tl.constexpr = out.dtype.element_ty
     for row in tl.static_range(ROWS):
-        values = tl.load(x + row * x_stride + column, mask=is_input, other=0.0)
+        if row == 0 or not AHEAD:
+            values = tl.load(x + row * x_stride + column, mask=is_input, other=0.0)
+        else:
+            values = next_values
+        if AHEAD and row + 1 < ROWS:
+            next_values = tl.load(x + (row + 1) * x_stride + column, mask=is_input, other=0.0)
         if HAS_RESIDUAL:
             stream = tl.load(residual + row * residual_stride + output, mask=is_output, other=0.0).to(tl.float32)
         if HAS_NORM:  # rounded wherever the layer rounds: before the weight, and after it
