@@ -69,8 +69,8 @@ def _fused_linear_kernel(
     if not HOLDS_BACK:
         let_next_kernel_start(OVERLAPS)
     HALVES: tl.constexpr = 2 if GATED else 1
-    # Whether a row is asked for before the result of the one before it is stored, past which the compiler moves no load.
-    # Where lines are long, registers are short, and the weight takes longer to read anyway.
+    # Whether a row is asked for before the one ahead of it is stored: the compiler moves no load past a store. Where
+    # lines are long, registers are short, and the weight takes longer to read anyway.
     AHEAD: tl.constexpr = FOLD * PIECE_TILE <= 4096
     first = tl.program_id(0) * OUTPUT_TILE
     output = first + tl.arange(0, OUTPUT_TILE)
@@ -100,11 +100,9 @@ def _fused_linear_kernel(
     wait_for_previous_kernel(OVERLAPS)
 
     dtype: tl.constexpr = out.dtype.element_ty
+    values = tl.load(x + column, mask=is_input, other=0.0)
     for row in tl.static_range(ROWS):
-        if row == 0 or not AHEAD:
-            values = tl.load(x + row * x_stride + column, mask=is_input, other=0.0)
-        else:
-            values = next_values
+        next_values = values
         if AHEAD and row + 1 < ROWS:
             next_values = tl.load(x + (row + 1) * x_stride + column, mask=is_input, other=0.0)
         if HAS_RESIDUAL:
@@ -131,6 +129,9 @@ def _fused_linear_kernel(
         if HAS_RESIDUAL:
             result += stream
         tl.store(out + row * OUTPUTS + output, result.to(dtype), mask=is_output)
+        values = next_values
+        if not AHEAD and row + 1 < ROWS:
+            values = tl.load(x + (row + 1) * x_stride + column, mask=is_input, other=0.0)
 
 
 def fused_linear(
