@@ -222,7 +222,7 @@ class ModelRunner:
         logger.info(
             "captured decode steps of %d sizes up to %d rows in %.2f s and %.0f MiB",
             len(self.graphs.sizes),
-            self.num_slots,
+            self.graphs.max_rows,
             self.graphs.capture_seconds,
             self.graph_bytes / 2**20,
         )
