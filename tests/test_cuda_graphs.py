@@ -171,6 +171,28 @@ class TestReplaying:
         assert "operation not permitted when stream is capturing" in caplog.text
         assert "enforce_eager=True" in caplog.text
 
+    @pytest.mark.parametrize(("failing", "sizes"), [([0, 3], [2, 4]), ([0, 1, 2], [1])], ids=str)
+    def test_what_memory_has_no_room_for_is_done_without(
+        self, tiny_checkpoint: Path, failing: list[int], sizes: list[int], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Rows of a batch smaller than all that were captured are those of the next larger one."""
+        count = iter(range(100))
+
+        def capture(function: Callable[[], None]) -> Callable[[], None]:
+            if next(count) in failing:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return function
+
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        with open_llm(tiny_checkpoint) as llm:
+            expected = [tokens_of(llm, params, PROMPTS[:rows]) for rows in (1, 5)]
+        with caplog.at_level(logging.INFO), open_captured(tiny_checkpoint, capture) as llm:
+            assert llm.engine.runner.graphs is not None
+            assert llm.engine.runner.graphs.sizes == sizes
+            assert [tokens_of(llm, params, PROMPTS[:rows]) for rows in (1, 5)] == expected
+        assert caplog.text.count("no memory to capture") == len(failing)
+        assert f"captured decode steps of {len(sizes)} sizes up to {sizes[-1]} rows" in caplog.text
+
     def test_the_host_sends_only_changes(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sent: list[int] = []
         to_device = batch_state.to_device

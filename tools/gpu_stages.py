@@ -32,7 +32,7 @@ def check_tests(check: Check) -> None:
     if not check.on_cuda:
         check.note("kernels", "needs CUDA: the tests of kernels are part of the ordinary ones elsewhere")
         return
-    for name in ("test_kernels", "test_sampling_kernels", "test_paged_attention"):
+    for name in ("test_kernels", "test_sampling_kernels", "test_paged_attention", "test_large_caches"):
         check.part(name, run_pytest, [*workers, "-m", "not gpu", f"tests/{name}.py"])
 
 

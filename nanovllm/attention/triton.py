@@ -99,9 +99,14 @@ class TritonAttention(AttentionBackend):
         return TritonStep(self, self.layers, metadata.block_tables, metadata.slot_mapping, decode=work, whole=whole)
 
     def warm_up(self) -> None:
+        spec = self.spec
         for rows in (1, 65):  # planned by two variants
-            numbers = torch.zeros(rows, dtype=torch.int32, device=self.spec.device)
-            self._plan_decode(numbers, numbers, numbers, self.block_size)
+            numbers = torch.zeros(rows, dtype=torch.int32, device=spec.device)
+            work = self._plan_decode(numbers, numbers, numbers, self.block_size)
+        # Few rows, which have a kernel of their own, need this one as soon as others prefill beside them.
+        q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=spec.dtype, device=spec.device)
+        out = torch.empty_like(q)
+        self.decode_kernels.paged_decode(q, *self.layers[0], numbers.view(1, -1), work, self.scale, out)
 
     def kv_cache(self) -> torch.Tensor | None:
         return self.cache

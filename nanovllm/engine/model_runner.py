@@ -171,19 +171,31 @@ class ModelRunner:
         self.drawing = Drawing(self.model, self.batch_state, self.sampler, self.plain_sampler, self.parallel, apart)
 
     def warm_up(self) -> None:
-        """Run a prompt and a token after it in each way of sampling: kernels are compiled at their first use."""
+        """Run prompts and a token after each, so that no request waits for kernels, which are compiled at first use.
+
+        In each way of sampling, and of each number of rows, and of tokens, that has variants of its own.
+        """
         length = min(17, self.num_kvcache_blocks * self.block_size, self.max_model_len) - 2
         if length < 1:
             return
-        blocks = list(range(-(-(length + 1) // self.block_size)))
+        blocks = list(range(-(-(length + 1) // self.block_size)))  # for all rows: what they hold is of no interest
         plain, bounded = SamplingParams(), SamplingParams(top_k=20, top_p=0.95)
-        for params in (plain, bounded, SamplingParams(top_p=0.5), SamplingParams(top_p=0.5, min_p=0.01)):
-            entry = SlotEntry(0, [0] * length, blocks, params, noise_key=0, num_prompt_tokens=length)
-            prompt = StepPlan([], [entry], [], [0], [0], [length], [True], num_prefill_tokens=length)
-            token = StepPlan([], [], [], [0], [length], [1], [True])
-            for plan in (prompt, token):
+        few = range(1, kernels.FEW_ROWS + 1)
+        batches = [([length] * rows, plain) for rows in few if rows <= self.num_slots]
+        batches += [([tokens], plain) for tokens in few if tokens <= length]
+        ways = bounded, SamplingParams(top_p=0.5), SamplingParams(top_p=0.5, min_p=0.01)
+        batches += [([length], params) for params in ways]
+        for lengths, params in batches:
+            slots, starts, samples = list(range(len(lengths))), [0] * len(lengths), [True] * len(lengths)
+            entered = [
+                SlotEntry(slot, [0] * tokens, blocks, params, noise_key=0, num_prompt_tokens=tokens)
+                for slot, tokens in enumerate(lengths)
+            ]
+            prompts = StepPlan([], entered, [], slots, starts, lengths, samples, sum(lengths))
+            decode = StepPlan([], [], [], slots, lengths, [1] * len(lengths), samples)
+            for plan in (prompts, decode):
                 self.execute(plan).result()
-            self.batch_state.apply(StepPlan(released=[0]))
+            self.batch_state.apply(StepPlan(released=slots))
         self.attention.warm_up()
 
     def _wants_graphs(self) -> bool:
@@ -210,7 +222,7 @@ class ModelRunner:
         logger.info(
             "captured decode steps of %d sizes up to %d rows in %.2f s and %.0f MiB",
             len(self.graphs.sizes),
-            self.num_slots,
+            self.graphs.max_rows,
             self.graphs.capture_seconds,
             self.graph_bytes / 2**20,
         )
