@@ -29,8 +29,9 @@ def run(model: str, conversations: list[list[dict[str, str]]], *, caching: bool)
     params = SamplingParams(temperature=0, max_tokens=16)
     options = {"enable_thinking": False}
     with LLM(model, enable_prefix_caching=caching) as llm:
-        # Something else first: a process's first steps are slower than the others.
-        llm.chat([{"role": "user", "content": "hello"}], params, use_tqdm=False, chat_template_kwargs=options)
+        # As many of something else first: a process's first steps are slower than the others.
+        other = [[{"role": "user", "content": f"count from {number} to {number + 9}"}] for number in range(64)]
+        llm.chat(other, params, use_tqdm=False, chat_template_kwargs=options)
         started = time.perf_counter()
         outputs = llm.chat(conversations, params, use_tqdm=False, chat_template_kwargs=options)
         return outputs, time.perf_counter() - started
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_help = "checkpoint directory, or OWNER/NAME on the Hugging Face hub (default: the demo checkpoint)"
     parser.add_argument("--model", default=DEMO_MODEL_PATH, help=model_help)
-    parser.add_argument("--questions", type=int, default=48, metavar="N", help="conversations (default: 48)")
+    parser.add_argument("--questions", type=int, default=128, metavar="N", help="conversations (default: 128)")
     args = parser.parse_args(argv)
     shared = beginning()
     sums = [(11 * number % 97 + 2, 17 * number % 89 + 3) for number in range(args.questions)]

@@ -34,7 +34,9 @@ if not TYPE_CHECKING:  # a type checker that saw it would let every name pass
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            from nanovllm.utils.vllm_imports import missing_name
+
+            raise missing_name(__name__, name)
         value = globals()[name] = getattr(import_module(_HOMES[name]), name)
         return value
 

@@ -6,7 +6,6 @@ it says that the engine's room cut the answer off and there is more room now; ro
 without a seed take theirs from the hash, so neither order nor restarts change an answer.
 """
 
-import codecs
 import dataclasses
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from nanovllm.batch_input import check_rows, lines
 from nanovllm.batch_rows import (
     BatchRow,
     answer_line,
@@ -31,6 +31,7 @@ from nanovllm.batch_rows import (
     load_line,
     longest_sequence,
     make_prompt,
+    metadata_of,
     parse_record,
     row_id_of,
 )
@@ -97,6 +98,7 @@ def run_batch(
         llm: The model.
         input_path: A row a line: ``{"prompt": ...}`` or ``{"messages": [...]}`` with an optional "custom_id" or "id"
             and parameters, or OpenAI's batch format. Ids are unique; a row without one has "line-" and its number.
+            A row's "metadata" stands in its line of the output, too.
         output_path: Is made, or continued if it is a batch job's.
         sampling_params: What rows do not say themselves; None takes the checkpoint's defaults.
         chat_template_kwargs: The same, for the chat template.
@@ -109,8 +111,9 @@ def run_batch(
     Raises:
         TypeError: An argument has the wrong type.
         FileNotFoundError: There is no input.
-        ValueError: Ids repeat, the input is not UTF-8, or the output was not written by a batch job; nothing was run or
-            written. Or the input has other rows than before the job began to run; what was finished is there.
+        ValueError: Ids repeat, the input is not UTF-8 or not JSONL (a CSV file, an array), or the output was not
+            written by a batch job; nothing was run or written. Or the input has other rows than before the job began to
+            run; what was finished is there.
         BlockingIOError: Another job is writing the output.
         OSError: The output cannot be written, as on a full disk. What was finished is there; call it again.
     """
@@ -145,7 +148,7 @@ class BatchJob:
             raise ValueError(f"{self.output_path} is not a file; a job appends to one, and reads what is there")
         if self.output_path.exists() and self.input_path.samefile(self.output_path):
             raise ValueError(f"{self.output_path} is both input and output; give the output a name of its own")
-        self.num_rows = _check_ids(self.input_path)
+        self.num_rows = check_rows(self.input_path)
         self.output = _Output(self.output_path, retry_errors)
         self._has_run = False
 
@@ -230,7 +233,7 @@ class _Run:
     def prompts(self) -> Iterator[tuple[Any, SamplingParams]]:
         """Prompts of the rows that are not done. Rows that cannot be run become error rows on the way."""
         num_rows = 0
-        for number, line in _lines(self.input_path):
+        for number, line in lines(self.input_path):
             num_rows += 1
             row = BatchRow(number, line_id(number))
             prompt, error = None, None
@@ -281,6 +284,7 @@ class _Run:
 
     def _parse(self, row: BatchRow, line: bytes) -> None:
         record = load_line(line)
+        row.metadata = metadata_of(record)  # before anything is refused: an error row bears it, too
         row.row_id = row_id_of(record, row.line)
         parse_record(record, row, self.defaults, self.template_kwargs)
         asked = [row.url, row.content, row.value, row.chat, canonical(row.params)]
@@ -432,39 +436,3 @@ def _place(hashes: np.ndarray, digest: str) -> int | None:
     key = bytes.fromhex(digest).rstrip(b"\0")  # numpy drops zeros at the end
     place = int(np.searchsorted(hashes, np.bytes_(key)))
     return place if place < len(hashes) and bytes(hashes[place]) == key else None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The rows of the input with their line numbers; blank lines are none."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise ValueError(f"{path} is in UTF-16 or UTF-32; save it as UTF-8")
-            line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
-            if line:
-                yield number, line
-
-
-def _check_ids(path: Path) -> int:
-    """Number of rows; ValueError naming the lines if an id stands on two."""
-
-    def ids() -> Iterator[tuple[int, bytes]]:
-        for number, line in _lines(path):
-            try:
-                row_id = row_id_of(load_line(line), number)
-            except (RecursionError, TypeError, ValueError):
-                row_id = line_id(number)
-            yield number, hash_id(row_id)
-
-    digests = bytearray()
-    for _, digest in ids():
-        digests += digest
-    found = np.sort(np.frombuffer(digests, "S16"))
-    repeated = found[1:][found[1:] == found[:-1]]
-    if len(repeated):
-        first, second = [n for n, digest in ids() if digest.rstrip(b"\0") == bytes(repeated[0])][:2]
-        more = f" ({counted(len(repeated) - 1, 'more row')} repeat an id)" if len(repeated) > 1 else ""
-        raise ValueError(
-            f"lines {first} and {second} of {path} have the same id{more}; give each row an id of its own, or none"
-        )
-    return len(found)

@@ -51,6 +51,7 @@ class BatchRow:
     url: str | None = None  # None: a plain row
     content: str = ""  # "messages" or "prompt"
     value: Any = None
+    metadata: Any = None  # the caller's own, for the answer
     chat: dict[str, Any] = dataclasses.field(default_factory=dict)
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
 
@@ -86,13 +87,20 @@ def row_id_of(record: Any, number: int) -> str | int:
     return found
 
 
+def metadata_of(record: Any) -> Any:
+    """What a row has for whoever reads its answer; None if there is nothing."""
+    if isinstance(record, dict) and OPENAI_KEYS & (record.keys() - {"custom_id"}):
+        record = record.get("body")
+    return record.get("metadata") if isinstance(record, dict) else None
+
+
 def parse_record(record: Any, row: BatchRow, defaults: SamplingParams, template_kwargs: Mapping[str, Any]) -> None:
     """Fill in what a row asks for; TypeError or ValueError saying what is wrong with it."""
     if not isinstance(record, dict):
         raise TypeError(f"the line is {kind_of(record)}; it must be an object")
     if OPENAI_KEYS & (record.keys() - {"custom_id"}):
         for name in record.keys() - OPENAI_KEYS:
-            raise unknown_argument("a row with 'url' and 'body'", name, OPENAI_KEYS)
+            raise _unknown("a row with 'url' and 'body'", name, OPENAI_KEYS, "the body's 'metadata'")
         row.url = record.get("url")
         if not isinstance(row.url, str) or row.url not in CONTENT_OF_URL:
             row.url = None
@@ -107,13 +115,25 @@ def parse_record(record: Any, row: BatchRow, defaults: SamplingParams, template_
     wanted = [CONTENT_OF_URL[row.url]] if row.url else ["messages", "prompt"]
     given = [name for name in ("messages", "prompt") if name in settings]
     if len(given) != 1 or given[0] not in wanted:
-        raise ValueError(f"the row has {' and '.join(given) or 'no prompt'}; it needs {' or '.join(wanted)}")
+        has = " and ".join(given) or f"no prompt{', only ' if settings else ''}{', '.join(map(repr, settings))}"
+        raise ValueError(f"the row has {has}; it needs {' or '.join(wanted)}")
     row.content = given[0]
     row.value = settings.pop(row.content)
     is_chat = row.content == "messages"
     if is_chat:
         row.chat = _chat_options(settings, template_kwargs)
     row.params = dataclasses.replace(defaults, **_parameters(settings, row.url, is_chat))
+
+
+def _unknown(where: str, name: str, known: set[str], place: str) -> TypeError:
+    """A TypeError for what may be misspelt, or a column that only the caller reads."""
+    error = unknown_argument(where, name, known)
+    if "did you mean" in str(error):
+        return error
+    return TypeError(
+        f"{where} has no argument {name!r}; a column of your own goes into {place}, and comes back with the answer; "
+        f"known arguments: {', '.join(sorted(known))}"
+    )
 
 
 def _chat_options(settings: dict[str, Any], template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +159,7 @@ def _parameters(settings: dict[str, Any], url: str | None, is_chat: bool) -> dic
             raise ValueError(f"{name} is for messages; the row has a prompt")
         if name not in PARAMETERS | OTHER_PARAMETERS | NEUTRAL.keys() | IGNORED:
             known = PARAMETERS | OTHER_PARAMETERS | (CHAT_OPTIONS.keys() if is_chat else set())
-            raise unknown_argument("a row", name, known)
+            raise _unknown("a row", name, known, "'metadata'")
         # null is a value of some parameters (max_tokens: as many as fit); others count as left out.
         if name in NULLABLE or (name in PARAMETERS | OTHER_PARAMETERS and value is not None):
             found[name] = value
@@ -263,7 +283,7 @@ def line_head(row: BatchRow) -> dict[str, Any]:
     head: dict[str, Any] = {"hash": row.digest, "line": row.line, "custom_id": row.row_id}
     if row.url is not None:
         head |= {"id": f"batch_req_{row.digest}", "response": None}
-    return head | {"error": None}
+    return head | {"error": None} | ({} if row.metadata is None else {"metadata": row.metadata})
 
 
 def answer_line(row: BatchRow, output: RequestOutput, model: str, room: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine import calls
@@ -411,6 +411,19 @@ class LLM:
         if engine is not None:
             engine.close()
             self._engine = None
+
+    def __repr__(self) -> str:
+        engine = self.__dict__.get("_engine")  # it has none where __init__ failed
+        if engine is None:
+            return "<LLM, closed>"
+        dtype = str(engine.runner.dtype).removeprefix("torch.")
+        return f"<LLM {engine.config.model!r} on {engine.runner.device} in {dtype}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM cannot be pickled or copied: it belongs to the process that made it; give its work to threads, "
+            "whose calls share its steps, or make an LLM in each process"
+        )
 
     def __enter__(self) -> "LLM":
         return self

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from nanovllm.utils.validation import check_bool, check_int, check_number, unknown_argument
 from nanovllm.utils.vllm_arguments import OF_PARAMS, check_of_params
+from nanovllm.utils.vllm_imports import missing_name
 
 # Beyond these a bias decides by itself; vLLM and OpenAI's interface keep it within them too.
 MAX_LOGIT_BIAS = 100.0
@@ -283,3 +284,9 @@ def _callables(value: Any) -> tuple[Callable[..., Any], ...]:
         if not callable(processor):
             raise TypeError(f"logits_processors[{index}] is {processor!r}; it must be callable")
     return tuple(processors)
+
+
+if not TYPE_CHECKING:  # a type checker that saw it would let every name pass
+
+    def __getattr__(name: str) -> Any:
+        raise missing_name(__name__, name)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,29 @@ def test_parameters_that_change_no_answer_are_accepted(llm: LLM, files: Files) -
     assert first["response"]["body"]["choices"] == second["response"]["body"]["choices"]
 
 
+def test_metadata_stands_beside_the_answer_and_changes_nothing_else(llm: LLM, files: Files) -> None:
+    """Answers come as they finish: what is theirs is found without the input."""
+    gold = [{"gold": "42", "tags": [1, None], "name": "Zoë"}, "a text", 0, None]
+    rows = [{"id": number, "prompt": "hello", "seed": 1, "metadata": value} for number, value in enumerate(gold)]
+    files.put(*rows, {"id": 4, "prompt": "hello", "seed": 1}, chat_row("chat", "add 1 and 2", metadata={"gold": "3"}))
+    files.run(llm, HOT)
+    lines = files.by_id()
+    assert [lines[number].get("metadata", "absent") for number in range(5)] == [*gold[:3], "absent", "absent"]
+    assert lines["chat"]["metadata"] == {"gold": "3"}
+    assert len({lines[number]["text"] for number in range(5)}) == 1
+    files.put(*[row | {"metadata": "another"} for row in rows])
+    assert files.run(llm, HOT).num_skipped == 4  # the answers would be the same
+
+
+def test_error_rows_bear_their_metadata(files: Files) -> None:
+    bad = {"id": "bad", "prompt": "a", "temperature": -1, "metadata": 1}
+    late = {"id": "late", "prompt": "a", "metadata": [2]}
+    files.put(bad, {"id": [], "prompt": "a", "metadata": 3}, late, chat_row("chat", "a", stop=[""], metadata=4))
+    files.run(StubLLM(lambda index: stub_output(index, error="it failed")))
+    assert {line["line"]: line["metadata"] for line in files.lines()} == {1: 1, 2: 3, 3: [2], 4: 4}
+    assert all(line["error"] for line in files.lines())
+
+
 def test_null_asks_for_as_many_tokens_as_fit(llm: LLM, files: Files) -> None:
     files.put(chat_row("a", "count from 1 to 7", max_tokens=None)).run(llm)
     [choice] = files.lines()[0]["response"]["body"]["choices"]
@@ -195,7 +219,9 @@ BAD_ROWS = [
     ("[" * 100_000, "nested too deeply"),
     ("[1, 2]", "must be an object"),
     ('{"prompt": "\\ud800"}', "Unicode"),
-    ({"text": "a"}, "no prompt"),
+    ({"text": "a", "id": "t"}, "no prompt, only 'text'; it needs messages or prompt"),
+    ({}, "no prompt; it needs messages or prompt"),
+    ({"prompt": "a", "gold": 1}, "no argument 'gold'; a column of your own goes into 'metadata', and comes back"),
     ({"prompt": "a", "messages": []}, "messages and prompt"),
     ({"prompt": ""}, "the prompt is empty"),
     ({"prompt": 5}, "the prompt is an int"),
@@ -221,6 +247,10 @@ BAD_ROWS = [
     (chat_row("x", "a") | {"body": None}, "body is None"),
     (chat_row("x", "a") | {"bodi": 1}, "did you mean 'body'?"),
     (chat_row("x", "a") | {"url": "/v1/completions"}, "it needs prompt"),
+    (
+        chat_row("x", "a") | {"metadata": {}},
+        "no argument 'metadata'; a column of your own goes into the body's 'metadata'",
+    ),
 ]
 
 
@@ -276,6 +306,52 @@ def test_an_input_in_another_encoding_is_refused_as_a_whole(files: Files, encodi
     mark = "\ufeff" if encoding == "utf-16-be" else ""
     files.input.write_bytes((mark + '{"prompt": "a"}\n{"prompt": "b"}\n').encode(encoding))
     with pytest.raises(ValueError, match=r"in\.jsonl is in UTF-16 or UTF-32; save it as UTF-8"):
+        files.run(StubLLM())
+    assert not files.output.exists()
+
+
+NOT_JSONL = [
+    ("in.csv", 'id,prompt\n7,"add 1, and 2"\n', [("add 1, and 2", {"id": "7"})]),
+    ("in.tsv", "prompt\tgold\nadd 1 and 2\t3\n", [("add 1 and 2", {"gold": "3"})]),
+    ("in.txt", "add 1 and 2\r\n\r\nsag Übung\n", [("add 1 and 2", None), ("sag Übung", None)]),
+    ("in.jsonl", "add 1 and 2\n3\n", [("add 1 and 2", None), ("3", None)]),
+    ("in.json", '[\n{"prompt": "a"},\n{"prompt": "b"}\n]\n', [("a", None), ("b", None)]),
+    ("in.json", '[{"prompt": "a"}]', [("a", None)]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "asked"), NOT_JSONL)
+def test_a_file_that_is_not_jsonl_is_refused_with_what_makes_it_so(
+    tmp_path: Path, name: str, content: str, asked: list[tuple[str, Any]]
+) -> None:
+    source, output = tmp_path / name, tmp_path / "out.jsonl"
+    source.write_bytes(content.encode())
+    with pytest.raises(ValueError, match="is not JSONL; a row is an object on a line of its own") as refused:
+        BatchJob(source, output)
+    assert not output.exists()
+    program, path, target = re.search(r'python -c "(.*)" "(.*)" > "(.*)"$', str(refused.value)).groups()  # type: ignore[union-attr]
+    assert path == str(source)
+    assert target != path
+    made = subprocess.run([sys.executable, "-c", program, path], capture_output=True, check=True).stdout
+    Path(target).write_bytes(made)
+    with BatchJob(target, output) as job:
+        assert job.num_rows == len(asked)
+    rows = [json.loads(line) for line in made.splitlines()]
+    found = [row.get("prompt") or row["messages"][0]["content"] for row in rows]
+    assert list(zip(found, [row.get("metadata") for row in rows], strict=True)) == asked
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b'{\n "prompt": "a",\n "messages":\n{"role": "user"}\n}\n', "its objects are spread over several lines"),
+        (b"\x1f\x8b\x08\0\0\n", "binary, or compressed"),
+        (b"\xfdabc\n", "binary, or compressed"),
+    ],
+)
+def test_a_file_without_rows_is_refused(files: Files, content: bytes, part: str) -> None:
+    files.input.write_bytes(content)
+    with pytest.raises(ValueError, match=f"is not JSONL.*{part}"):
         files.run(StubLLM())
     assert not files.output.exists()
 
@@ -750,9 +826,17 @@ def test_mistakes_get_one_line(files: Files, capsys: pytest.CaptureFixture[str],
         ([], "COMMAND"),
         (["bach"], "'bach'"),
         (["batch", "in"], "OUTPUT.jsonl"),
+        (
+            ["--model", "x", "generate", "hi"],
+            "--model stands before the command; its options follow it: nanovllm generate",
+        ),
+        (["--model=x", "generate", "hi"], "its options follow it: nanovllm generate --model ..."),
+        (["--device", "cpu"], "its options follow it: nanovllm COMMAND --device ..."),
         (["batch", "in", "out", "--max-tokens", "many"], "'many'"),
         (["batch", "in", "out", "--chat-template-kwargs", "[]"], "not a JSON object"),
         (["batch", "in", "out", "--temprature", "1"], "1; did you mean --temperature? (see nanovllm batch"),
+        (["generate", "--prompt", "hi"], "--prompt; PROMPT: given without an option, as in nanovllm generate PROMPT"),
+        (["batch", "--input", "in", "--output", "out"], "as in nanovllm batch INPUT.jsonl OUTPUT.jsonl"),
         (["chat", "somewhere"], "arguments: somewhere; a checkpoint is named with --model, and one question"),
         (["batch", "in", "out", "--device", "cuda:x"], "device is 'cuda:x'; use auto, cuda, cuda:N, mps or cpu"),
         (["bench", "--device", "gpu"], "device is 'gpu'; use auto, cuda, cuda:N, mps or cpu"),

@@ -287,7 +287,7 @@ class TestPaths:
     def test_a_file_is_not_a_directory(self, tmp_path: Path) -> None:
         file = tmp_path / "model.safetensors"
         file.touch()
-        with pytest.raises(ValueError, match="which is not a directory"):
+        with pytest.raises(ValueError, match="a file; give the directory of a Hugging Face checkpoint"):
             EngineConfig.from_arguments(file)
 
 

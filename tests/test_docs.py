@@ -78,6 +78,15 @@ def test_the_example_runs(
             sys.modules.pop(name.removesuffix(".py"), None)
 
 
+def test_the_first_script_gives_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """A prompt that the demo checkpoint cannot continue (it repeats a word) looks like a broken installation."""
+    code = next(param.values[1] for param in examples() if param.values[0].name == "getting-started.md")
+    exec(compile(SETUP + code, "example", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert printed.endswith("two CPU cores.\n")
+    assert printed.strip() in code
+
+
 def test_there_are_examples() -> None:
     pages = {param.values[0].name for param in examples()}
     assert pages >= {"README.md", "api.md", "getting-started.md", "performance.md"}

@@ -227,6 +227,17 @@ def test_a_path_is_no_name(cached: Path, path: str | Path) -> None:
         find_checkpoint(path)
 
 
+def test_a_file_of_a_checkpoint_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it a name, which it may look like."""
+    monkeypatch.chdir(tmp_path)
+    file = Path("folder", "model.safetensors")
+    file.parent.mkdir()
+    file.touch()
+    for path in (str(file), "./folder/model.safetensors", file.absolute()):
+        with pytest.raises(ValueError, match=r"model is '.*model\.safetensors', a file; give the directory of"):
+            find_checkpoint(path)
+
+
 def test_another_folder_for_the_cache(remote: FakeHub, cache: Path, tmp_path: Path) -> None:
     config = EngineConfig.from_arguments(NAME, download_dir=tmp_path / "mine", revision=COMMIT)
     assert Path(config.model) == tmp_path / "mine" / FOLDER / "snapshots" / COMMIT

@@ -49,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmarks": {"", "demo", "hub", "kernels", *PLAIN},
     "benchmarks.peers": {"", "benchmarks", "utils"},
     "hub": {"models", *UTILS},
-    "batch": {"batch_rows", "llm", *PLAIN},
+    "batch": {"batch_input", "batch_rows", "llm", *PLAIN},
+    "batch_input": {"batch_rows", *PLAIN},
     "batch_rows": {"llm", *PLAIN},
     "llm": {
         "engine.calls",

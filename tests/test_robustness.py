@@ -1,10 +1,12 @@
 """Whatever a caller does, the engine says what is wrong, loses nothing and stays usable."""
 
+import copy
 import functools
 import gc
 import io
 import itertools
 import json
+import pickle
 import random
 import re
 import shutil
@@ -673,6 +675,23 @@ def test_closing_twice_is_harmless_and_a_closed_llm_says_so(tiny_checkpoint: Pat
 
 
 # What is shown, and what is said
+
+
+def test_an_llm_shows_what_it_is(tiny_checkpoint: Path) -> None:
+    llm = make_llm(tiny_checkpoint)
+    assert repr(llm) == f"<LLM {str(tiny_checkpoint)!r} on cpu in float32>"
+    llm.close()
+    assert repr(llm) == "<LLM, closed>"
+    assert repr(LLM.__new__(LLM)) == "<LLM, closed>"
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_llm_that_is_sent_to_another_process_says_what_to_do(shared_llm: LLM, take: Callable[[Any], Any]) -> None:
+    """As a process pool does with ``pool.map(llm.generate, prompts)``."""
+    for one in (shared_llm, shared_llm.generate):
+        if take is pickle.dumps or one is shared_llm:
+            with pytest.raises(TypeError, match=r"an LLM cannot be pickled or copied: .* give its work to threads"):
+                take(one)
 
 
 class Screen(io.StringIO):

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character must not end the program
     try:
+        argv = sys.argv[1:] if argv is None else argv
+        _check_order(parser, argv)
         args, unknown = parser.parse_known_args(argv)
         if unknown:  # argparse would let the command's parser pass them, and point to the help of the whole
             args.parser.refuse(unknown)
@@ -67,6 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell_error(error)
     finally:
         _drop_what_cannot_be_written()
+
+
+def _check_order(parser: Parser, argv: Sequence[str]) -> None:
+    """End if a command's options stand before it, of whose values argparse would take one for the command."""
+    option = argv[0].partition("=")[0] if argv else ""
+    if not option.startswith("-") or any(own.startswith(option) for own in ("-h", "--help", "--version")):
+        return
+    command = next((argument for argument in argv if argument in COMMANDS), "COMMAND")
+    parser.error(f"{option} stands before the command; its options follow it: nanovllm {command} {option} ...")
 
 
 def _replace_closed_streams() -> None:

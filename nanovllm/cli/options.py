@@ -23,12 +23,19 @@ class Parser(OneLineParser):
 
     def refuse(self, unknown: list[str]) -> NoReturn:
         """End because of arguments that the parser does not know."""
-        hints = []
+        hints, bare = [], []
         for argument in unknown:
             option = argument.partition("=")[0]
             if option.startswith("--"):
                 hints += difflib.get_close_matches(option, self._option_string_actions, 1)
+                bare += [
+                    str(action.metavar)
+                    for action in self._actions
+                    if not action.option_strings and action.dest.rstrip("s") == option.strip("-").rstrip("s")
+                ]
         meant = f"; did you mean {', '.join(hints)}?" if hints else ""
+        if bare:
+            meant = f"; {', '.join(bare)}: given without an option, as in {self.prog} {' '.join(bare)}"
         if not unknown[0].startswith("-") and "--model" in self._option_string_actions:
             meant += "; a checkpoint is named with --model"
             if self.prog.endswith(" chat"):

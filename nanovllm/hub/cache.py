@@ -72,6 +72,11 @@ def find_checkpoint(
         if revision is not None:
             raise ValueError(f"{kind} is {path!r}, a directory, which has no revision {revision!r}; leave revision out")
         return path
+    if os.path.isfile(path):
+        raise ValueError(
+            f"{kind} is {path!r}, a file; give the directory of a Hugging Face checkpoint (config.json, *.safetensors, "
+            "tokenizer.json)"
+        )
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(
             f"{kind} is {path!r}, which is not a directory; give the path of a downloaded Hugging Face checkpoint, or "

@@ -98,11 +98,11 @@ INSTEAD = {
     "rope_theta": _HF_OVERRIDES,
 }
 
-_STRUCTURED = "structured outputs come by logits_processors, as in examples/structured_output.py"
+STRUCTURED = "structured outputs come by logits_processors, as in examples/structured_output.py"
 # Keywords of vLLM's calls, with what to do where they ask for something: None, 0 and what is empty ask for nothing.
 OF_CALLS = {
     "chat_template_content_format": "leave it out: a message's content is a text, or a list of parts of type 'text'",
-    "guided_options_request": _STRUCTURED,
+    "guided_options_request": STRUCTURED,
     "lora_request": _MERGE,
     "mm_processor_kwargs": "leave it out: there is no multi-modal input",
     "priority": "requests are served first come, first served: give the urgent ones first, or in a call of their own",
@@ -121,17 +121,17 @@ OF_PARAMS: dict[str, tuple[str, object]] = {
     "early_stopping": (_BEAMS, False),
     "extra_args": ("nothing would read them; leave it out", {}),
     "flat_logprobs": ("logprobs are a dictionary a token; leave it out", False),
-    "guided_decoding": (f"{_STRUCTURED}; leave it out", None),
+    "guided_decoding": (f"{STRUCTURED}; leave it out", None),
     "length_penalty": (_BEAMS, 1.0),
     "output_kind": ("generate gives whole outputs and stream new pieces; leave it out", None),
     "skip_reading_prefix_cache": (
         "prompt_logprobs are computed whatever is cached; leave it out, or pass LLM(enable_prefix_caching=False)",
         False,
     ),
-    "structured_outputs": (f"{_STRUCTURED}; leave it out", None),
+    "structured_outputs": (f"{STRUCTURED}; leave it out", None),
     "use_beam_search": (_BEAMS, False),
 }
-_NO_POOLING = "it generates and scores; it has no embeddings, and token ids are llm.get_tokenizer().encode(text)"
+NO_POOLING = "it generates and scores; it has no embeddings, and token ids are llm.get_tokenizer().encode(text)"
 _PROFILE = "the command nanovllm profile tells where a step's time goes, and nanovllm trace what each step does"
 _SLEEP = "close() frees all memory; make a new LLM afterwards"
 _WORKERS = "without tensor parallelism the model is in this process: llm.engine.runner.model"
@@ -142,13 +142,13 @@ ATTRIBUTES = {
         "there is no beam search: take the best of generate(prompts, SamplingParams(n=8, logprobs=0)) by its "
         "cumulative_logprob"
     ),
-    "classify": f"{_NO_POOLING}; to choose among given answers, compare llm.score(prompt, answers)",
+    "classify": f"{NO_POOLING}; to choose among given answers, compare llm.score(prompt, answers)",
     "collective_rpc": _WORKERS,
-    "embed": _NO_POOLING,
-    "encode": _NO_POOLING,
+    "embed": NO_POOLING,
+    "encode": NO_POOLING,
     "llm_engine": "the engine is llm.engine, and its step() returns the requests that have ended",
     "model_config": "what was asked for is llm.engine.config, what config.json says llm.engine.model_config",
-    "reward": _NO_POOLING,
+    "reward": NO_POOLING,
     "set_tokenizer": "name another tokenizer when it is made: LLM(..., tokenizer=...)",
     "sleep": _SLEEP,
     "start_profile": _PROFILE,
