@@ -617,6 +617,16 @@ def test_too_little_memory_is_one_line(
     assert f": error: {message or 'there is not enough memory'}\n" in error_line(bench, capsys)
 
 
+def test_what_the_system_refuses_has_the_commands_words(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> None:
+        raise PermissionError(13, "Permission denied", "weights")
+
+    monkeypatch.setattr(bench, "benchmark", fail)
+    assert ": error: weights: Permission denied\n" in error_line(bench, capsys)
+
+
 def test_the_command_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["bench", "--preset", "mini", "--workload", "2:5-5:4-4"]) == 2
     assert capsys.readouterr().err == "nanovllm: error: --workload and --preset exclude each other\n"

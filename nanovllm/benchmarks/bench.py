@@ -26,7 +26,7 @@ from nanovllm.hub import find_checkpoint
 from nanovllm.kernels import DISABLE_VARIABLE
 from nanovllm.utils.environment import hardware, versions
 from nanovllm.utils.memory import peak_cpu_memory
-from nanovllm.utils.options import OneLineParser, json_alone, print_json
+from nanovllm.utils.options import OneLineParser, json_alone, message_of, print_json
 from nanovllm.utils.random_checkpoint import cached_random_checkpoint
 from nanovllm.utils.random_requests import Requests, Workload
 from nanovllm.utils.text import counted
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split()) or 'there is not enough memory'}", file=sys.stderr)
+        print(f"{parser.prog}: error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -17,6 +17,7 @@ from importlib import import_module
 from nanovllm.cli.options import Parser
 from nanovllm.errors import EngineDeadError
 from nanovllm.utils.logging import LEVEL_VARIABLE
+from nanovllm.utils.options import message_of
 from nanovllm.version import __version__
 
 # What mistakes of the caller's raise, and what does not fit the machine. A TypeError may be one, too: where a raise
@@ -97,7 +98,7 @@ def _tell_error(error: Exception) -> int:
     if is_shown:
         _tell("".join(traceback.format_exception(error)).rstrip())
     hint = "" if is_meant or is_shown or isinstance(error, OSError) else f" ({LEVEL_VARIABLE}=DEBUG shows where)"
-    _tell(f"nanovllm: error: {' '.join(message_of(error).split())}{hint}")
+    _tell(f"nanovllm: error: {message_of(error)}{hint}")
     return 2
 
 
@@ -123,12 +124,3 @@ def _drop_what_cannot_be_written() -> None:
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def message_of(error: Exception) -> str:
-    """What went wrong, without the number that the system has for it."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError) and not str(error):  # Python's own
-        return "there is not enough memory"
-    return str(error)

@@ -29,6 +29,15 @@ class OneLineParser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
 
+def message_of(error: Exception) -> str:
+    """What went wrong, on one line, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) and not str(error):  # Python's own
+        return "there is not enough memory"
+    return " ".join(str(error).split())
+
+
 def told(parse: Callable[[str], Value]) -> Callable[[str], Value]:
     """``parse`` as an option's type: argparse shows the message of an ArgumentTypeError, but not a ValueError's."""
 
