@@ -31,6 +31,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import LostRequest
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.utils import progress
 from tests.checkpoints import make_model, reference_greedy
 from tests.ids import stable
@@ -769,6 +770,20 @@ def test_a_request_that_overflows_leaves_the_prefix_it_shares_intact(tmp_path: P
         again = llm.generate([[*prefix, 3]], greedy(6), use_tqdm=False)
     assert again[0].num_cached_tokens == 3 * block_size
     assert [again[0]["token_ids"]] == expected
+
+
+@pytest.mark.parametrize("value", [{"rms_norm_eps": 0}, {"use_sliding_window": None}, {"pad_token_id": "none"}], ids=str)
+def test_a_tokenizer_loads_whatever_else_config_json_says(tmp_path: Path, value: dict[str, Any]) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(DEMO_MODEL_PATH) / name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | value), encoding="utf-8")
+    text = "add 12 and 30<|im_end|>"
+    assert load_tokenizer(str(tmp_path)).encode(text) == load_tokenizer(DEMO_MODEL_PATH).encode(text)
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"cannot be loaded .*skip_tokenizer_init=True") as caught:
+        load_tokenizer(str(tmp_path))
+    assert next(iter(value)) not in str(caught.value)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused_unless_none_is_asked_for(tiny_checkpoint: Path) -> None:

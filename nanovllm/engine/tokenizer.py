@@ -1,11 +1,13 @@
 """The checkpoint's tokenizer: loading it, and rendering conversations and words with it."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypedDict
 
+from nanovllm.utils.model_config import CONFIG_FILE
 from nanovllm.utils.text import kind_of
 
 logger = logging.getLogger(__name__)
@@ -43,12 +45,30 @@ def load_tokenizer(path: str) -> Any:
             "tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except Exception:
+            # Of config.json it needs the kind of model alone, yet refuses what is wrong, or unusual, anywhere in it.
+            config = _plain_config(path)
+            if config is None:
+                raise
+            return AutoTokenizer.from_pretrained(path, config=config)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise ValueError(
             f"the tokenizer in {path} cannot be loaded ({error}); download tokenizer.json and tokenizer_config.json, "
             "name another directory with tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
         ) from error
+
+
+def _plain_config(path: str) -> Any:
+    """A configuration of the kind that config.json names, and nothing else of the file; None if that is not known."""
+    from transformers import AutoConfig
+
+    try:
+        with open(os.path.join(path, CONFIG_FILE), encoding="utf-8") as file:
+            return AutoConfig.for_model(json.load(file)["model_type"])
+    except Exception:  # transformers, too, knows some kinds only
+        return None
 
 
 def encode_words(tokenizer: Any, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
