@@ -31,7 +31,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import LostRequest
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.tokenizer import check_start, load_tokenizer
+from nanovllm.engine.tokenizer import check_start, encode_words, load_tokenizer
 from nanovllm.utils import progress
 from tests.checkpoints import make_model, reference_greedy
 from tests.ids import stable
@@ -818,6 +818,19 @@ def test_a_long_text_of_few_tokens_is_no_long_prompt() -> None:
             return {"input_ids": [1] if isinstance(texts, str) else [[1] for _ in texts]}
 
     check_start("the prompt", Tokenizer(), " " * 10**6, 64)
+
+
+def test_a_bad_word_of_white_space_bans_no_other() -> None:
+    """A space is not what bad_words=["\\n"] asks to leave out, nor is a word after one what ["\\nriver"] does."""
+    tokenizer = load_tokenizer(DEMO_MODEL_PATH)
+
+    def texts(*words: str) -> list[str]:
+        return [tokenizer.decode(ids) for ids in encode_words(tokenizer, words)]
+
+    assert texts("\n") == ["\n"]
+    assert texts("\nriver") == ["\nriver"]
+    assert texts(" river") == [" river"]
+    assert texts("river", " ") == ["river", " river", " "]
 
 
 @pytest.mark.parametrize("value", [{"rms_norm_eps": 0}, {"use_sliding_window": None}, {"pad_token_id": "x"}], ids=str)

@@ -101,10 +101,10 @@ def check_start(name: str, tokenizer: Any, text: str, max_model_len: int) -> Non
 
 
 def encode_words(tokenizer: Any, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each word, at the beginning of a text and after a space, where they differ."""
+    """Token ids of each word, and of it after a space, unless it begins with one, or a line's end, of its own."""
     found: dict[tuple[int, ...], None] = {}
     for word in words:
-        for text in (word, f" {word.lstrip()}"):
+        for text in (word,) if word[:1].isspace() else (word, f" {word}"):
             ids = tuple(encode(tokenizer, text, add_special_tokens=False))
             if ids:
                 found[ids] = None
