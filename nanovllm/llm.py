@@ -11,7 +11,16 @@ from nanovllm.engine import calls
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.prompts import Prompt, as_prompt_list, check_text
 from nanovllm.engine.request import PreparedRequest
-from nanovllm.engine.tokenizer import ChatOptions, as_conversations, check_conversation, render_chat, template_options
+from nanovllm.engine.tokenizer import (
+    ChatOptions,
+    RenderedText,
+    as_conversations,
+    check_conversation,
+    check_start,
+    encode,
+    render_chat,
+    template_options,
+)
 from nanovllm.outputs import RequestOutput, ScoreOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.text import counted, kind_of
@@ -477,11 +486,19 @@ class LLM:
             try:
                 text = render_chat(tokenizer, check_conversation(name, conversation), **options)
                 check_text(name, text)
-                # The template has put in the special tokens.
-                prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+                prompts.append(self._rendered(text))
             except (TypeError, ValueError) as error:
                 prompts.append(error)
         return prompts
+
+    def _rendered(self, text: str) -> dict[str, Any]:
+        """What a chat template gave as a prompt; without token ids where it is for the request to cut or refuse it."""
+        rendered, tokenizer = RenderedText(text), self.get_tokenizer()
+        try:
+            check_start("the prompt", tokenizer, rendered, self.engine.max_model_len)
+        except ValueError:
+            return {"prompt": rendered}
+        return {"prompt": text, "prompt_token_ids": encode(tokenizer, rendered)}
 
     def _generate(
         self, prompts: list[Any], params: list[SamplingParams | None], use_tqdm: bool, on_error: str

@@ -249,7 +249,10 @@ def _bias(value: Any) -> dict[int, float] | None:
         if isinstance(token, str) and token.isdecimal():  # as JSON has it
             token = int(token)
         number = check_number(f"logit_bias[{token!r}]", bias, low=-MAX_LOGIT_BIAS, high=MAX_LOGIT_BIAS)
-        found[check_int("a token id of logit_bias", token, low=0)] = number
+        token = check_int("a token id of logit_bias", token, low=0)
+        if token in found:
+            raise ValueError(f"logit_bias names token id {token} twice; give it one number")
+        found[token] = number
     return found or None
 
 

@@ -196,6 +196,7 @@ def test_the_command_prints_figures_and_writes_a_trace(tmp_path: Path, capsys: p
         (["--perfetto", "nowhere/p.json"], "its folder does not exist"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--prompt-len", "100000"], "max_model_len is 4096"),
+        (["--prompt-len", "4095", "--output-len", "2"], "4095 + 2 tokens do not fit: max_model_len is 4096"),
         (["--model", "nowhere"], "model is 'nowhere'"),
     ],
     ids=str,

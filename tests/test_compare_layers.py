@@ -501,6 +501,9 @@ def test_the_command_says_what_departs(checkpoint: Path, capsys: pytest.CaptureF
         (["--settings", "disable=nothing"], "error: disable=nothing names 'nothing'; it may name rms_norm, "),
         (["--reference-device", "cuda:99"], "transformers cannot load"),
         (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--prompt", "\udcff"], "the prompt is not valid Unicode"),
+        (["--tolerance", "nan"], "--tolerance is nan; it must be a finite number of at least 0"),
+        (["--tolerance", "-1"], "--tolerance is -1.0; it must be"),
         (["--max-model-len", "8"], "max_model_len is 8"),
     ],
 )

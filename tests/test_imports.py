@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.kv_sizing",
         "engine.placement",
         "engine.batch_state",
+        "engine.prompts",
         "engine.request",
         "engine.tokenizer",
         "models",

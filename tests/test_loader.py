@@ -458,6 +458,7 @@ class TestUnsupported:
             ),
             ({"vocab_size": None}, "vocab_size is missing .*positive whole number"),
             ({"num_hidden_layers": 0}, "num_hidden_layers is 0 .*positive whole number"),
+            ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000 .*positive whole number of at most 1024"),
             ({"hidden_size": 64.5}, "hidden_size is 64.5 .*positive whole number"),
             ({"intermediate_size": True}, "intermediate_size is True .*positive whole number"),
             ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.* number of at least 0"),

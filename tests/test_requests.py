@@ -119,6 +119,8 @@ class TestChat:
             ([{"role": "user", "text": "x"}], ValueError, r"messages\[0\] has no 'content', only 'role', 'text'"),
             ([{"role": "user", "content": 5}], TypeError, r"messages\[0\]\['content'\] is 5"),
             ([{"role": "user", "content": [{"type": "image_url"}]}], TypeError, "parts of type 'text'"),
+            ([{"role": "user", "content": [{"type": "text", "text": None}]}], TypeError, "parts of type 'text'"),
+            ([{"role": "user", "content": [{"type": "text"}]}], TypeError, "parts of type 'text'"),
         ],
     )
     def test_bad_messages_are_named(self, demo: LLM, messages: Any, error: type[Exception], message: str) -> None:
@@ -130,6 +132,10 @@ class TestChat:
         assert capsys.readouterr().err == ""
         demo.generate("hello", greedy(1))
         assert "Generating: 100%" in capsys.readouterr().err
+
+    def test_options_of_the_wrong_type(self, demo: LLM) -> None:
+        with pytest.raises(TypeError, match="chat_template_kwargs is 5; it must be a dictionary"):
+            demo.chat(QUESTION, chat_template_kwargs=5)  # type: ignore[arg-type]
 
     def test_options_that_contradict_each_other_or_are_misspelt(self, demo: LLM) -> None:
         with pytest.raises(ValueError, match="continue_final_message needs add_generation_prompt=False"):

@@ -33,6 +33,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import LostRequest
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.tokenizer import check_start, encode_words, load_tokenizer
 from nanovllm.utils import progress
 from tests.checkpoints import make_model, reference_greedy
 from tests.ids import stable
@@ -788,6 +789,81 @@ def test_a_request_that_overflows_leaves_the_prefix_it_shares_intact(tmp_path: P
         again = llm.generate([[*prefix, 3]], greedy(6), use_tqdm=False)
     assert again[0].num_cached_tokens == 3 * block_size
     assert [again[0]["token_ids"]] == expected
+
+
+@pytest.mark.parametrize("way", ["generate", "chat", "score", "continuation"])
+def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 30 MB as a prompt took a minute and 7 GB before it was refused."""
+    text = "say stone 3 times. " * 20_000
+    params = SamplingParams(temperature=0, max_tokens=2)
+    with LLM(DEMO_MODEL_PATH, device="cpu", max_model_len=64, num_kvcache_blocks=8) as llm:
+        tokenizer, lengths = llm.engine.tokenizer, []
+
+        def counting(texts: Any, **arguments: Any) -> Any:
+            lengths.extend([len(texts)] if isinstance(texts, str) else map(len, texts))
+            return tokenizer(texts, **arguments)
+
+        counting.chat_template = tokenizer.chat_template
+        counting.apply_chat_template = tokenizer.apply_chat_template
+        monkeypatch.setattr(llm.engine, "tokenizer", counting)
+        monkeypatch.setattr(llm.engine.intake, "tokenizer", counting)
+        calls: dict[str, Callable[[], object]] = {
+            "generate": lambda: llm.generate(text, params),
+            "chat": lambda: llm.chat([{"role": "user", "content": text}], params),
+            "score": lambda: llm.score(text, "hello"),
+            "continuation": lambda: llm.score("hello", text),
+        }
+        with pytest.raises(ValueError, match=r"has 380,\d* characters, the first 1,024 alone .* max_model_len is 64"):
+            calls[way]()
+        assert max(lengths) <= 1024
+
+
+def test_a_text_that_is_far_too_long_may_be_truncated() -> None:
+    text = "say stone 3 times. " * 1000
+    params = SamplingParams(temperature=0, max_tokens=2, truncate_prompt_tokens=9)
+    with LLM(DEMO_MODEL_PATH, device="cpu", max_model_len=64, num_kvcache_blocks=8) as llm:
+        [plain] = llm.generate(text, params, use_tqdm=False)
+        assert plain.prompt_token_ids == llm.get_tokenizer().encode(text)[-9:]
+        conversation = [{"role": "user", "content": text}]
+        [answer] = llm.chat(conversation, params, use_tqdm=False)
+        rendered = llm.get_tokenizer().apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        assert answer.prompt == rendered
+        assert answer.prompt_token_ids == llm.get_tokenizer().encode(rendered, add_special_tokens=False)[-9:]
+
+
+def test_a_long_text_of_few_tokens_is_no_long_prompt() -> None:
+    class Tokenizer:
+        def __call__(self, texts: Any, **_: Any) -> dict[str, Any]:
+            return {"input_ids": [1] if isinstance(texts, str) else [[1] for _ in texts]}
+
+    check_start("the prompt", Tokenizer(), " " * 10**6, 64)
+
+
+def test_a_bad_word_of_white_space_bans_no_other() -> None:
+    """A space is not what bad_words=["\\n"] asks to leave out, nor is a word after one what ["\\nriver"] does."""
+    tokenizer = load_tokenizer(DEMO_MODEL_PATH)
+
+    def texts(*words: str) -> list[str]:
+        return [tokenizer.decode(ids) for ids in encode_words(tokenizer, words)]
+
+    assert texts("\n") == ["\n"]
+    assert texts("\nriver") == ["\nriver"]
+    assert texts(" river") == [" river"]
+    assert texts("river", " ") == ["river", " river", " "]
+
+
+@pytest.mark.parametrize("value", [{"rms_norm_eps": 0}, {"use_sliding_window": None}, {"pad_token_id": "x"}], ids=str)
+def test_a_tokenizer_loads_whatever_else_config_json_says(tmp_path: Path, value: dict[str, Any]) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(DEMO_MODEL_PATH) / name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | value), encoding="utf-8")
+    text = "add 12 and 30<|im_end|>"
+    assert load_tokenizer(str(tmp_path)).encode(text) == load_tokenizer(DEMO_MODEL_PATH).encode(text)
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"cannot be loaded .*skip_tokenizer_init=True") as caught:
+        load_tokenizer(str(tmp_path))
+    assert next(iter(value)) not in str(caught.value)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused_unless_none_is_asked_for(tiny_checkpoint: Path) -> None:

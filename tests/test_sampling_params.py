@@ -7,6 +7,7 @@ import math
 import pickle
 import shutil
 from collections import OrderedDict
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,8 @@ class TestValidation:
     @pytest.mark.parametrize(
         ("field", "value", "error", "message"),
         [
+            ("logit_bias", {"3": 1.0, 3: 2.0}, ValueError, "logit_bias names token id 3 twice"),
+            ("top_p", Decimal("sNaN"), ValueError, "top_p is sNaN; it must be a finite number from 0.0 to 1.0"),
             ("logit_bias", {3: 100.5}, ValueError, "logit_bias[3] is 100.5; it must be a finite number from -100.0 to"),
             ("logit_bias", {3: -101}, ValueError, "logit_bias[3] is -101; it must be a finite number from -100.0 to"),
             ("logit_bias", {3: math.nan}, ValueError, "logit_bias[3] is nan; it must be a finite number"),

@@ -4,6 +4,7 @@ import os
 import random
 from typing import Any
 
+from nanovllm.engine.prompts import check_text
 from nanovllm.engine.tokenizer import TOKENIZER_FILES, load_tokenizer
 from nanovllm.utils.model_config import load_model_config
 
@@ -39,7 +40,7 @@ def prompt_ids(
         overrides: Replaces entries of config.json.
 
     Raises:
-        ValueError: They are no token ids, the text is empty, or there is no tokenizer for it.
+        ValueError: They are no token ids, the text is empty or not valid Unicode, or there is no tokenizer for it.
     """
     config = load_model_config(model, overrides)
     where = tokenizer or model
@@ -49,6 +50,7 @@ def prompt_ids(
         except ValueError:
             raise ValueError(f"token ids are {token_ids!r}; give whole numbers, as in 12,7,30") from None
     elif text is not None:
+        check_text("the prompt", text)
         if not has_tokenizer(where):
             raise ValueError(f"{where} has no tokenizer, which a prompt of text needs; give token ids instead")
         found = list(load_tokenizer(where).encode(text))

@@ -250,6 +250,11 @@ def _check(llm: LLM, batch_size: int, prompt_len: int, output_len: int) -> None:
     manager, slots = engine.scheduler.block_manager, engine.scheduler.max_num_seqs
     if batch_size > slots:
         raise ValueError(f"batch size is {batch_size}, but {slots} sequences run at once (raise max_num_seqs)")
+    if prompt_len + output_len > engine.max_model_len:
+        raise ValueError(
+            f"requests of {prompt_len} + {output_len} tokens do not fit: max_model_len is {engine.max_model_len} "
+            "(raise it, or lower one of the lengths)"
+        )
     needed = batch_size * manager.blocks_needed(prompt_len + output_len)
     if needed > manager.num_blocks:
         raise ValueError(

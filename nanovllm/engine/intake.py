@@ -7,7 +7,7 @@ from typing import Any
 from nanovllm.engine.prompts import Prompt, check_text, parse_prompt
 from nanovllm.engine.request import PreparedRequest
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.tokenizer import encode_words
+from nanovllm.engine.tokenizer import RenderedText, check_start, encode, encode_words
 from nanovllm.layers.temperature import Pieces
 from nanovllm.sampling_params import SamplingParams, schedule_pieces
 from nanovllm.utils.model_config import ModelConfig
@@ -85,9 +85,11 @@ class Intake:
                 chosen = given or self.default_params
                 if id(chosen) not in kept:
                     kept[id(chosen)] = _as_it_is(chosen)
-                prepared.append((name, text, token_ids, kept[id(chosen)]))
                 if token_ids is None and text is not None:
+                    if kept[id(chosen)].truncate_prompt_tokens is None:
+                        check_start(name, self.tokenizer, text, self.max_model_len)
                     texts.append(text)
+                prepared.append((name, text, token_ids, kept[id(chosen)]))
             except (TypeError, ValueError) as error:
                 prepared.append(error)
         encoded = iter(self._tokenize(texts))
@@ -112,10 +114,13 @@ class Intake:
         (text, ids), (text_after, ids_after) = parse_prompt(names[0], prompt), parse_prompt(names[1], continuation)
         if self.tokenizer is None and (ids is None or ids_after is None):
             raise ValueError(f"{names[0]} or its continuation is text, which needs a tokenizer; pass token ids")
+        for name, given, known in ((names[0], text, ids), (names[1], text_after, ids_after)):
+            if given is not None and known is None:
+                check_start(name, self.tokenizer, given, self.max_model_len)
         if ids is None:
-            [ids] = self._tokenize([str(text)])
+            [ids] = self._tokenize([text or ""])
         if ids_after is None and self.tokenizer is not None:
-            ids_after = list(self.tokenizer.encode(str(text_after), add_special_tokens=False))
+            ids_after = encode(self.tokenizer, str(text_after), add_special_tokens=False)
             if text is not None:
                 [together] = self._tokenize([f"{text}{text_after}"])
                 if together[: len(ids)] == ids:
@@ -139,6 +144,8 @@ class Intake:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts or self.tokenizer is None:
             return []
+        if any(isinstance(text, RenderedText) for text in texts):
+            return [encode(self.tokenizer, text) for text in texts]
         return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _prepare(self, name: str, text: str | None, token_ids: list[int], params: SamplingParams) -> PreparedRequest:

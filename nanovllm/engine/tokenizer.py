@@ -1,16 +1,24 @@
 """The checkpoint's tokenizer: loading it, and rendering conversations and words with it."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypedDict
 
+from nanovllm.utils.model_config import CONFIG_FILE
 from nanovllm.utils.text import kind_of
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+class RenderedText(str):
+    """Text that has its special tokens already: a chat template has put them in."""
+
+    __slots__ = ()
 
 
 class ChatOptions(TypedDict, total=False):
@@ -43,7 +51,14 @@ def load_tokenizer(path: str) -> Any:
             "tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except Exception:
+            # Of config.json it needs the kind of model alone, yet refuses what is wrong, or unusual, anywhere in it.
+            config = _plain_config(path)
+            if config is None:
+                raise
+            return AutoTokenizer.from_pretrained(path, config=config)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise ValueError(
             f"the tokenizer in {path} cannot be loaded ({error}); download tokenizer.json and tokenizer_config.json, "
@@ -51,12 +66,46 @@ def load_tokenizer(path: str) -> Any:
         ) from error
 
 
+def _plain_config(path: str) -> Any:
+    """A configuration of the kind that config.json names, and nothing else of the file; None if that is not known."""
+    from transformers import AutoConfig
+
+    try:
+        with open(os.path.join(path, CONFIG_FILE), encoding="utf-8") as file:
+            return AutoConfig.for_model(json.load(file)["model_type"])
+    except Exception:  # transformers, too, knows some kinds only
+        return None
+
+
+def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text, of any length without a word; a :class:`RenderedText` is given no more special tokens."""
+    special = add_special_tokens and not isinstance(text, RenderedText)
+    return tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def check_start(name: str, tokenizer: Any, text: str, max_model_len: int) -> None:
+    """Refuse a text whose beginning alone is far too long: a tokenizer takes minutes, and gigabytes, for a large file.
+
+    Raises:
+        ValueError: It is.
+    """
+    length = 16 * max_model_len
+    if len(text) <= 4 * length:  # then looking twice would cost more than it spares
+        return
+    num_tokens = len(encode(tokenizer, text[:length]))
+    if num_tokens > 2 * max_model_len:  # whatever the last of them become with what follows
+        raise ValueError(
+            f"{name} has {len(text):,} characters, the first {length:,} alone {num_tokens:,} tokens; max_model_len is "
+            f"{max_model_len}, prompt and output together (raise max_model_len or shorten the prompt)"
+        )
+
+
 def encode_words(tokenizer: Any, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each word, at the beginning of a text and after a space, where they differ."""
+    """Token ids of each word, and of it after a space, unless it begins with one, or a line's end, of its own."""
     found: dict[tuple[int, ...], None] = {}
     for word in words:
-        for text in (word, f" {word.lstrip()}"):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+        for text in (word,) if word[:1].isspace() else (word, f" {word}"):
+            ids = tuple(encode(tokenizer, text, add_special_tokens=False))
             if ids:
                 found[ids] = None
     return tuple(found)
@@ -109,7 +158,9 @@ def _text(name: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
-        return "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
     raise TypeError(f"{name}['content'] is {content!r}; it must be a string or a list of parts of type 'text'")
 
 
@@ -186,8 +237,11 @@ def render_chat(
     """A conversation as the text that the model was trained to continue; the options are :class:`ChatOptions`.
 
     Raises:
+        TypeError: ``chat_template_kwargs`` is no mapping.
         ValueError: The tokenizer has no chat template, or the template refuses the conversation.
     """
+    if not isinstance(chat_template_kwargs, Mapping | None):
+        raise TypeError(f"chat_template_kwargs is {chat_template_kwargs!r}; it must be a dictionary")
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "the tokenizer has no chat template; pass chat_template=..., or call generate() with plain text"

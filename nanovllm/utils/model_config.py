@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
+# Several times as many as any model has. What reads the file makes something for each before it looks at the weights.
+MAX_LAYERS = 2**10
+
 # Keys that hf_overrides may set though a config.json leaves them out.
 _OPTIONAL_KEYS = (
     "attention_bias",
@@ -120,13 +123,14 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
     rope = _checked_rope(rope, values)
     generation = _read_json(os.path.join(path, GENERATION_CONFIG_FILE)) or {}
 
-    def integer(name: str, default: int | None = None) -> int:
+    def integer(name: str, default: int | None = None, high: int | None = None) -> int:
         value = values.get(name, default)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (high is not None and value > high):
             found = "is missing" if value is None else f"is {value!r}"
-            raise ValueError(f"{name} {found} in {path}/{CONFIG_FILE}; it must be a positive whole number")
+            most = "" if high is None else f" of at most {high}"
+            raise ValueError(f"{name} {found} in {path}/{CONFIG_FILE}; it must be a positive whole number{most}")
         return value
 
     def number(name: str, default: float) -> float:
@@ -151,7 +155,7 @@ def load_model_config(path: str, overrides: dict[str, Any] | None = None) -> Mod
         vocab_size=integer("vocab_size"),
         hidden_size=integer("hidden_size"),
         intermediate_size=integer("intermediate_size"),
-        num_hidden_layers=integer("num_hidden_layers"),
+        num_hidden_layers=integer("num_hidden_layers", high=MAX_LAYERS),
         num_attention_heads=integer("num_attention_heads"),
         num_key_value_heads=integer("num_key_value_heads"),
         head_dim=integer("head_dim", 128),  # Qwen3's; never hidden_size / num_attention_heads

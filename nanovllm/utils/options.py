@@ -31,8 +31,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def message_of(error: Exception) -> str:
     """What went wrong, on one line, without the number that the system has for it."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError) and not str(error):  # Python's own
         return "there is not enough memory"
     return " ".join(str(error).split())

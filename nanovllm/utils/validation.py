@@ -46,7 +46,7 @@ def check_number(name: str, value: Any, low: float | None = None, high: float | 
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number{_range(low, high)}")
     try:
         number = float(value)
-    except OverflowError:
+    except (OverflowError, ValueError):  # too large for one, or a Decimal that signals
         number = math.inf
     if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{name} is {value}; it must be a finite number{_range(low, high)}")
