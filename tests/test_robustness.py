@@ -866,6 +866,15 @@ def test_a_tokenizer_loads_whatever_else_config_json_says(tmp_path: Path, value:
     assert next(iter(value)) not in str(caught.value)
 
 
+def test_a_tokenizer_has_no_say_in_how_long_a_prompt_may_be(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(Path(DEMO_MODEL_PATH) / name, tmp_path)
+    settings = json.loads((Path(DEMO_MODEL_PATH) / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": "x"}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer(["add 1 and 2"])["input_ids"] == load_tokenizer(DEMO_MODEL_PATH)(["add 1 and 2"])["input_ids"]
+
+
 def test_a_checkpoint_without_a_tokenizer_is_refused_unless_none_is_asked_for(tiny_checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"has no tokenizer.*skip_tokenizer_init=True"):
         LLM(tiny_checkpoint, device="cpu", num_kvcache_blocks=4)

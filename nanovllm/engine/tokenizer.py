@@ -13,6 +13,8 @@ from nanovllm.utils.text import kind_of
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# Of a tokenizer's own: how long a prompt may be is for max_model_len to say.
+NO_LIMIT = 1 << 62
 
 
 class RenderedText(str):
@@ -52,18 +54,21 @@ def load_tokenizer(path: str) -> Any:
         )
     try:
         try:
-            return AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
         except Exception:
             # Of config.json it needs the kind of model alone, yet refuses what is wrong, or unusual, anywhere in it.
             config = _plain_config(path)
             if config is None:
                 raise
-            return AutoTokenizer.from_pretrained(path, config=config)
+            tokenizer = AutoTokenizer.from_pretrained(path, config=config)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise ValueError(
             f"the tokenizer in {path} cannot be loaded ({error}); download tokenizer.json and tokenizer_config.json, "
             "name another directory with tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
         ) from error
+    if not isinstance(tokenizer.model_max_length, int | float):  # it would compare with the first prompt, and fail
+        tokenizer.model_max_length = NO_LIMIT
+    return tokenizer
 
 
 def _plain_config(path: str) -> Any:
