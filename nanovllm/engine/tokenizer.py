@@ -62,8 +62,9 @@ def load_tokenizer(path: str) -> Any:
                 raise
             tokenizer = AutoTokenizer.from_pretrained(path, config=config)
     except Exception as error:  # transformers raises whatever its parsers raise
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"the tokenizer in {path} cannot be loaded ({error}); download tokenizer.json and tokenizer_config.json, "
+            f"the tokenizer in {path} cannot be loaded ({reason}); download tokenizer.json and tokenizer_config.json, "
             "name another directory with tokenizer=..., or pass skip_tokenizer_init=True and prompt with token ids"
         ) from error
     if not isinstance(tokenizer.model_max_length, int | float):  # it would compare with the first prompt, and fail
