@@ -101,6 +101,22 @@ class TestGraphs:
             for size in sizes:
                 assert tokens_of(captured, prompts=prompts[:size]) == tokens_of(eager, prompts=prompts[:size])
 
+    def test_nothing_on_the_way_of_a_decode_step_waits_for_the_device(self, checkpoint: Path) -> None:
+        """torch's own watch sees copies and reads; an event, for which a step's result waits, is none of these."""
+        params = SamplingParams(temperature=0.7, max_tokens=60, ignore_eos=True)
+        with open_llm(checkpoint) as llm:
+            engine = llm.engine
+            for prompt in PROMPTS:
+                engine.add_request(prompt, params)
+            while engine.scheduler.waiting or any(seq.num_output_tokens < 2 for seq in engine.scheduler.running):
+                engine.step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(40):  # new blocks among them
+                    engine.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
     def test_one_step_is_always_ahead(self, checkpoint: Path) -> None:
         with open_llm(checkpoint) as llm:
             assert llm.engine.runner.overlap_depth == 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from operator import mul
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.kernels import FEATURES, is_enabled
 from nanovllm.utils.random_checkpoint import parameter_shapes, random_config
+from nanovllm.utils.random_requests import Workload
 from nanovllm.utils.random_shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -279,6 +282,35 @@ class TestContinuousBatching:
     def test_without_it_twice_as_many_until_they_take_too_long(self, asked: Callable[..., list[str]]) -> None:
         made = asked(False, {"8": 4.0, "16": 9.0, "32": 20.0})
         assert made == [*(f"{n}:100-1024:100-1024" for n in (8, 16, 32)), "hf-cb 64"]
+
+
+class TestReplayOfAdmission:
+    @pytest.fixture
+    def tool(self, gpu_check: ModuleType) -> ModuleType:
+        return importlib.import_module("replay_admission")
+
+    @pytest.mark.parametrize("policy", [AdmissionPolicy(), AdmissionPolicy(mixed=False), AdmissionPolicy(vacancies=3)])
+    def test_every_token_is_computed_once(self, tool: ModuleType, policy: AdmissionPolicy) -> None:
+        requests = Workload.parse("20:4-9:3-8").draw(0, tool.VOCAB_SIZE)
+        steps = tool.replay("20:4-9:3-8", policy, slots=4)
+        lengths = list(zip(map(len, requests.prompts), requests.output_lens, strict=True))
+        assert steps.prompt_tokens == sum(prompt for prompt, _ in lengths)
+        assert steps.contexts == sum(prompt + k for prompt, output in lengths for k in range(1, output))
+        assert steps.output_tokens == sum(output for _, output in lengths)
+        assert steps.decode > 0
+        assert steps.prompt > 0
+
+    def test_costs_are_those_that_made_the_runs(self, tool: ModuleType) -> None:
+        costs, key = [0.5, 2.0, 0.1], 0.01
+        runs = [tool.Steps(decode=10, prompt=2, prompt_tokens=30, contexts=100)]
+        runs += [tool.Steps(decode=7, prompt=5, prompt_tokens=60, contexts=90), tool.Steps(decode=1, prompt=9)]
+        timed = [(run, sum(map(mul, run.counts, costs)) + run.contexts * key) for run in runs]
+        assert tool.fit(timed, key).tolist() == pytest.approx(costs)
+
+    def test_it_has_the_results_that_are_kept(self, tool: ModuleType) -> None:
+        seconds, bandwidth = tool.measured(tool.RESULTS)
+        assert set(tool.FITTED) < set(seconds)
+        assert 3e12 < bandwidth < 5e12
 
 
 class TestDeviceUsage:

@@ -149,6 +149,7 @@ def check_many(check: Check) -> None:
         "gathering 16, prompts alone": AdmissionPolicy(vacancies=16, mixed=False),
         "gathering 64": AdmissionPolicy(vacancies=64),
     }
+    rivals = "mixed at once", "prompts first and alone"
     engine = open_engine(check, draw(check, many), "--max-num-seqs", rows)
     scheduler = engine.llm.engine.scheduler
     rates: dict[str, float] = {}
@@ -163,11 +164,10 @@ def check_many(check: Check) -> None:
         default = scheduler.policy
         check.note("default policy", str(default))
         check.part(f"{standard}, default", run, standard, default)
-        for workload in (standard, fewer):
-            for name, policy in policies.items():
-                if workload == fewer or policy.vacancies == 1:  # nobody waits for a vacancy where there are enough
-                    check.part(f"{workload}, {name}", run, workload, policy)
         check.part(f"{many}, default", run, many, default)
+        for workload, names in ((standard, rivals), (many, rivals), (fewer, policies)):
+            for name in names:
+                check.part(f"{workload}, {name}", run, workload, policies[name])
     finally:
         engine.close()
 
