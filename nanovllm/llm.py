@@ -80,7 +80,8 @@ class LLM:
 
     Raises:
         TypeError: An argument is unknown or of the wrong type.
-        ValueError: An argument is outside its range, or the checkpoint cannot be served; the message says why.
+        ValueError: An argument is outside its range, the checkpoint cannot be served, or the device has no room for
+            it; the message says why.
         FileNotFoundError: The checkpoint lacks a file.
         OSError: A checkpoint that is named can be neither found nor downloaded; the message says why, and what to do.
     """

@@ -1,5 +1,6 @@
 """How much memory the KV cache may take: on a shared card, in a container, and next to what is already there."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,23 @@ import pytest
 import torch
 
 from nanovllm import LLM
+from nanovllm.attention.cpu import CpuAttention
+from nanovllm.attention.matmul import MatmulAttention
+from nanovllm.engine import model_runner
 from nanovllm.engine.batch_state import BatchState
+from nanovllm.engine.kv_sizing import KVSizing
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.utils import memory
 from nanovllm.utils.cgroups import ROOT, memory_left
-from nanovllm.utils.memory import available_cpu_memory, cuda_kv_budget, kv_budget, peak_cpu_memory
+from nanovllm.utils.memory import (
+    available_cpu_memory,
+    cuda_kv_budget,
+    is_out_of_memory,
+    kv_budget,
+    memory_summary,
+    must_fit,
+    peak_cpu_memory,
+)
 from tests.threads import one_thread  # noqa: F401
 
 GIB = 1 << 30
@@ -196,3 +210,150 @@ class TestCpuMemory:
 def test_peak_memory_is_that_of_this_process() -> None:
     resident = psutil.Process().memory_info().rss
     assert 0.9 * resident < peak_cpu_memory() < psutil.virtual_memory().total
+
+
+def no_memory(*arguments: Any, **named: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class TestFullDevice:
+    """Whatever there is no room for while an engine is made: one error that names it, and what to lower."""
+
+    RESIDENTS = r"max_num_seqs=3 or max_model_len=40, or end other processes on the device\)$"
+
+    def open(self, checkpoint: Path, **options: Any) -> LLM:
+        limits = {"max_num_seqs": 3, "max_model_len": 40, "max_num_batched_tokens": 48, **options}
+        return LLM(checkpoint, device="cpu", skip_tokenizer_init=True, **limits)
+
+    def test_weights(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(model_runner, "load_weights", no_memory)
+        with pytest.raises(ValueError, match=r"cpu has no room for the weights of .*: .* bytes are free \(end other"):
+            self.open(tiny_checkpoint)
+
+    @pytest.mark.parametrize("options", [{}, {"max_model_len": None}], ids=str)
+    def test_the_largest_step(
+        self, tiny_checkpoint: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        monkeypatch.setattr(KVSizing, "num_blocks", lambda sizing, profile: profile())
+        monkeypatch.setattr(ModelRunner, "run_without_cache", no_memory)
+        length = options.get("max_model_len", 40) or 512
+        told = (
+            r"no room for the largest step, of 48 tokens, .*"
+            rf"\(lower max_num_batched_tokens=48, max_num_seqs=3 or max_model_len={length}, or end"
+        )
+        with pytest.raises(ValueError, match=told) as caught:
+            self.open(tiny_checkpoint, **options)
+        assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+    @pytest.mark.parametrize(
+        ("blocks", "told"),
+        [
+            (7, r"a KV cache of 7 blocks, .* bytes: .*\(lower num_kvcache_blocks=7, or end other"),
+            (None, rf"a KV cache of 9 blocks, .* bytes: .*\(lower num_kvcache_blocks=9, {RESIDENTS}"),
+        ],
+    )
+    def test_the_cache(
+        self, tiny_checkpoint: Path, blocks: int | None, told: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for backend in (CpuAttention, MatmulAttention):
+            monkeypatch.setattr(backend, "allocate_cache", no_memory)
+        with pytest.raises(ValueError, match=told):
+            self.open(tiny_checkpoint, num_kvcache_blocks=blocks, kvcache_block_size=16)
+
+    @pytest.mark.parametrize("name", ["BatchState", "Drawing"])
+    def test_the_tables(self, tiny_checkpoint: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(model_runner, name, no_memory)
+        told = rf"no room for the tables of 3 sequences beside .*\(lower num_kvcache_blocks=8, {self.RESIDENTS}"
+        with pytest.raises(ValueError, match=told):
+            self.open(tiny_checkpoint, num_kvcache_blocks=8)
+
+    @pytest.mark.parametrize("fails", ["forward", "warm_up"])
+    def test_the_first_steps(self, tiny_checkpoint: Path, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        with self.open(tiny_checkpoint, num_kvcache_blocks=8) as llm:
+            runner = llm.engine.runner
+            monkeypatch.setattr(runner.model if fails == "forward" else runner.attention, fails, no_memory)
+            told = rf"no room for a few small steps .*\(lower num_kvcache_blocks=8, {self.RESIDENTS}"
+            with pytest.raises(ValueError, match=told) as caught:
+                runner.warm_up()
+            assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+    def test_a_card_on_which_the_process_finds_no_room_at_all(
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*arguments: Any) -> None:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere")
+
+        monkeypatch.setattr(model_runner, "resolve_device", lambda name: torch.device("cuda:0"))
+        monkeypatch.setattr(model_runner, "_take_stream", full)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+        with pytest.raises(ValueError, match=r"cuda:0 has no room for what CUDA .*: its memory is full \(end other"):
+            self.open(tiny_checkpoint)
+
+    def test_on_a_card_the_share_is_what_to_lower_unless_the_blocks_were_given(self, tiny_checkpoint: Path) -> None:
+        def remedy(**options: Any) -> str:
+            with self.open(tiny_checkpoint, gpu_memory_utilization=0.8, **options) as llm:
+                sizing = llm.engine.runner.sizing
+            return replace(sizing, device=torch.device("cuda")).remedy("max_num_seqs", num_blocks=6)
+
+        assert remedy().startswith("lower gpu_memory_utilization=0.8 or max_num_seqs=3, or end")
+        assert remedy(num_kvcache_blocks=6).startswith("lower num_kvcache_blocks=6 or max_num_seqs=3, or end")
+
+    def test_any_other_failure_stays_what_it_is(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*arguments: Any) -> None:
+            raise RuntimeError("shapes do not match")
+
+        monkeypatch.setattr(model_runner, "BatchState", fail)
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            self.open(tiny_checkpoint)
+
+    def test_a_card_says_what_is_free_and_what_is_ours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2000)
+        device = torch.device("cuda:1")
+        assert memory_summary(device) == "1,000 of 85,899,345,920 bytes are free, this process holds 2,000"
+        told = r"^cuda:1 has no room for it: 1,000 of .* holds 2,000 \(take another\)$"
+        with pytest.raises(ValueError, match=told), must_fit(device, "it", "take another"):
+            no_memory()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA driver error: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+        "HIP error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "Triton Error [HIP]: out of memory",
+        "MPS backend out of memory (MPS allocated: 5.56 GB, max allowed: 6.80 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "NCCL error, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_a_full_device_however_it_is_said(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "shapes do not match",
+        "the shop ran out of memory cards",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+        "Triton Error [CUDA]: invalid argument",
+        "out of resource: shared memory, Required: 262144, Hardware limit: 232448",
+        "CUDA error: too many resources requested for launch",
+    ],
+)
+def test_any_other_error_is_none_of_a_full_device(message: str) -> None:
+    assert not is_out_of_memory(RuntimeError(message))

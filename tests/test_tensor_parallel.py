@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
-from nanovllm.engine import rank_group
+from nanovllm.engine import model_runner, rank_group
 from nanovllm.engine.parallel_runner import message_of
 from nanovllm.engine.step_plan import SlotEntry, StepPlan
 from tests import kinds
@@ -321,6 +321,26 @@ class TestEnds:
         if where == "execute:4":
             with open_llm(checkpoint) as llm:  # the next one starts at once
                 assert len(tokens_of(llm)) == len(PROMPTS)
+
+    @pytest.mark.parametrize("rank", [0, 1, 2])
+    def test_a_rank_whose_device_is_full(
+        self, checkpoint: Path, rank: int, used_once: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All others have loaded by then, and are about to sum with it."""
+
+        def no_memory(*arguments: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        if rank == 0:
+            monkeypatch.setattr(model_runner, "BatchState", no_memory)
+        started = time.monotonic()
+        told = "no room for the tables of 5 sequences .*lower num_kvcache_blocks=40, max_num_seqs=5 or max_model_len=64"
+        with nothing_left(), fault(rank, "BatchState", "fill"):
+            with pytest.raises(ValueError if rank == 0 else EngineDeadError, match=told) as caught:
+                open_llm(checkpoint, 4 if rank == 2 else 2, max_num_seqs=5, max_model_len=64)
+            if rank:
+                assert f"tensor-parallel rank {rank} failed" in str(caught.value)
+        assert time.monotonic() - started < 60
 
     @pytest.mark.parametrize("what", ["hang", "stop"])
     def test_a_rank_that_hangs_in_a_step(self, checkpoint: Path, what: str) -> None:

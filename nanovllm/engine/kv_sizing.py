@@ -124,6 +124,23 @@ class KVSizing:
             )
         return wanted
 
+    def remedy(self, *knobs: str, num_blocks: int | None = None) -> str:
+        """What to do about a device that is full: settings to lower, with their values.
+
+        Args:
+            knobs: Their names.
+            num_blocks: Blocks of the cache, where less of it would help as well.
+        """
+        known = {"max_model_len": self.max_model_len}  # which the configuration may leave to the model
+        named = {knob: known.get(knob, getattr(self.config, knob)) for knob in knobs}
+        if num_blocks is not None:
+            is_share = self.device.type == "cuda" and self.config.num_kvcache_blocks is None
+            share = {"gpu_memory_utilization": self.config.gpu_memory_utilization}
+            named = (share if is_share else {"num_kvcache_blocks": num_blocks}) | named
+        *others, last = (f"{knob}={value}" for knob, value in named.items())
+        lower = f"{', '.join(others)} or {last}" if others else last
+        return f"lower {lower}, or end other processes on the device"
+
     def share(self, num_bytes: int) -> int:
         """A rank's share: on the CPU they divide the memory of one machine."""
         return num_bytes // self.parallel.size if self.device.type == "cpu" else num_bytes

@@ -30,7 +30,7 @@ from nanovllm.models.registry import get_model_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils import huge_pages
 from nanovllm.utils.loader import load_weights
-from nanovllm.utils.memory import free_memory, held_memory, is_out_of_memory, memory_summary
+from nanovllm.utils.memory import free_memory, held_memory, is_out_of_memory, memory_summary, must_fit
 from nanovllm.utils.model_config import ModelConfig
 from nanovllm.utils.threads import ThreadLimit
 from nanovllm.utils.transfer import settle_mps
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 # Most tokens of a step on the CPU: with more, the activations no longer fit the caches. 2,528 prompt tokens of
 # Qwen3-0.6B in bfloat16 took 7.3 s in steps of 512 and 8.6 s in one (2 Zen 4 cores).
 CPU_STEP_TOKENS = 512
+
+# What the size of the residents' tables, and of a KV cache that is sized for them, goes with.
+RESIDENTS = ("max_num_seqs", "max_model_len")
 
 
 class ModelRunner:
@@ -71,7 +74,11 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, model_config, self.device)
         # A stream of our own: steps run in order whichever thread launches them, in whatever context of the caller's.
-        self._stream = _take_stream(self.device) if self.device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            elsewhere = "end other processes on the device, or choose another device"
+            with must_fit(self.device, "what CUDA itself keeps there for a process", elsewhere):
+                self._stream = _take_stream(self.device)
         self._threads = ThreadLimit(parallel.size) if self.device.type == "cpu" else None
         self.graphs: DecodeGraphs | None = None
         self.graph_bytes = 0
@@ -85,6 +92,7 @@ class ModelRunner:
             self._load()
             self._agree(0)  # all have loaded: what follows waits for others no longer than a step may
             self._allocate()
+            self._agree(0)  # all have room: a rank that has none is heard of here, not missed in a sum
             if self.device.type == "cuda":
                 self.warm_up()
             if self._wants_graphs():
@@ -138,43 +146,50 @@ class ModelRunner:
         )
         self.sizing.check_tables()
         started = time.perf_counter()
-        try:
+        elsewhere = "end other processes on the device, choose a smaller dtype or another device"
+        with must_fit(self.device, f"the weights of {model_config.path} in {self.dtype}", elsewhere):
             self.model = model_class(model_config, self.max_model_len, parallel, self.dtype, self.device)
             self.sampler = Sampler(model_config.vocab_size, self.device)  # now: its kernels, too, take time to compile
             load_weights(self.model, model_config.path, self.model.resolve_weight)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(
-                f"the weights of {model_config.path} in {self.dtype} do not fit {self.device}: "
-                f"{memory_summary(self.device)} (end other processes on the device, choose a smaller dtype or "
-                "another device)"
-            ) from error
-        self.model.eval()
-        pack_weights(self.model, config.quantization)
-        self.plain_sampler = self.sampler
-        if parallel.size > 1:
-            self.plain_sampler = ShardedSampler(self.model.lm_head.rows, self.device, parallel)
+            self.model.eval()
+            pack_weights(self.model, config.quantization)
+            self.plain_sampler = self.sampler
+            if parallel.size > 1:
+                self.plain_sampler = ShardedSampler(self.model.lm_head.rows, self.device, parallel)
         logger.info("loaded %s in %.2f s", model_config.path, time.perf_counter() - started)
 
     def _allocate(self) -> None:
         """Size and allocate the KV cache, and the batch state."""
         budget = self.config.max_num_batched_tokens
         self.max_step_tokens = min(budget, CPU_STEP_TOKENS) if self.device.type == "cpu" else budget
-        self.num_kvcache_blocks = self._agree(self._size_kv_cache())
-        self.attention.allocate_cache(self.num_kvcache_blocks)
-        self.num_slots = min(self.sizing.num_slots, self.num_kvcache_blocks)
-        self.batch_state = BatchState(
-            self.num_slots, self.max_model_len, self.block_size, self.model_config.vocab_size, self.device
-        )
+        self.num_kvcache_blocks = blocks = self._agree(self._size_kv_cache())
+        is_given = self.config.num_kvcache_blocks is not None
+        remedy = self.sizing.remedy(*(() if is_given else RESIDENTS), num_blocks=blocks)
+        with must_fit(self.device, f"a KV cache of {blocks} blocks, {self.kvcache_bytes():,} bytes", remedy):
+            self.attention.allocate_cache(blocks)
+        self.num_slots = min(self.sizing.num_slots, blocks)
         apart = self._runs_behind or self.parallel.size > 1  # the CPU draws row by row anyway
-        self.drawing = Drawing(self.model, self.batch_state, self.sampler, self.plain_sampler, self.parallel, apart)
+        remedy = self.sizing.remedy(*RESIDENTS, num_blocks=blocks)
+        with must_fit(self.device, f"the tables of {self.num_slots} sequences beside the KV cache", remedy):
+            self.batch_state = BatchState(
+                self.num_slots, self.max_model_len, self.block_size, self.model_config.vocab_size, self.device
+            )
+            self.drawing = Drawing(self.model, self.batch_state, self.sampler, self.plain_sampler, self.parallel, apart)
 
     def warm_up(self) -> None:
         """Run prompts and a token after each, so that no request waits for kernels, which are compiled at first use.
 
         In each way of sampling, and of each number of rows, and of tokens, that has variants of its own.
+
+        Raises:
+            ValueError: There is no memory for it.
         """
+        remedy = self.sizing.remedy(*RESIDENTS, num_blocks=self.num_kvcache_blocks)
+        with must_fit(self.device, "a few small steps beside the KV cache", remedy):
+            self._warm_up()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
         length = min(17, self.num_kvcache_blocks * self.block_size, self.max_model_len) - 2
         if length < 1:
             return
@@ -194,7 +209,7 @@ class ModelRunner:
             prompts = StepPlan([], entered, [], slots, starts, lengths, samples, sum(lengths))
             decode = StepPlan([], [], [], slots, lengths, [1] * len(lengths), samples)
             for plan in (prompts, decode):
-                self.execute(plan).result()
+                self._execute(plan).result()
             self.batch_state.apply(StepPlan(released=slots))
         self.attention.warm_up()
 
@@ -339,9 +354,15 @@ class ModelRunner:
         """Blocks of the KV cache."""
         return self.sizing.num_blocks(self._profile_activations)
 
-    @torch.inference_mode()
     def _profile_activations(self) -> int:
         """Bytes a worst-case step takes on a CUDA device beyond the weights: a full budget of prompt tokens."""
+        remedy = self.sizing.remedy("max_num_batched_tokens", *RESIDENTS)
+        tokens = self.config.max_num_batched_tokens
+        with must_fit(self.device, f"the largest step, of {tokens} tokens, beside the weights", remedy):
+            return self._peak_activations()
+
+    @torch.inference_mode()
+    def _peak_activations(self) -> int:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         logits = self.run_without_cache(self.config.max_num_batched_tokens)

@@ -1,6 +1,9 @@
 """How much memory there is, and how much of it the KV cache may take."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -12,6 +15,15 @@ from nanovllm.utils.cgroups import ROOT, memory_left
 CPU_SHARE = 0.4
 MPS_DEFAULT_BLOCKS = 1024
 MPS_SHARE = 0.5
+
+# Who says so in words only: MPS (at least up to torch 2.6), CUDA's runtime and driver, Triton, NCCL, and libraries that
+# allocate for themselves. A kernel that asks for too much shared memory is another matter.
+_OUT_OF_MEMORY = re.compile(
+    r"\b(?:MPS backend|(?:CUDA|HIP)(?: driver)?(?: error:)?|Triton Error \[\w+\]:) out of memory"
+    r"|\bCuda failure[ \d]* 'out of memory'"
+    r"|\bCUDA_ERROR_OUT_OF_MEMORY\b|\bcudaErrorMemoryAllocation\b"
+    r"|\b(?:CU|HIP)[A-Z]+_STATUS_(?:INTERNAL_ERROR_DEVICE_)?ALLOC(?:ATION)?_FAILED\b"
+)
 
 
 def available_cpu_memory(root: Path = ROOT) -> int:
@@ -60,15 +72,33 @@ def free_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device had no memory for a tensor. (MPS says so in words only, at least up to torch 2.6.)"""
-    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+    """Whether a device had no memory for a tensor, or for what a library, a kernel or the driver needs besides."""
+    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def must_fit(device: torch.device, what: str, remedy: str) -> Iterator[None]:
+    """Within it, running out of memory is an error that says what there is no room for, and what to do.
+
+    Raises:
+        ValueError: ``device`` ran out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(f"{device} has no room for {what}: {memory_summary(device)} ({remedy})") from error
 
 
 def memory_summary(device: torch.device) -> str:
     """What is free on ``device``, and what this process holds, in words."""
     if device.type != "cuda":
         return f"{free_memory(device):,} bytes are free"
-    free, total = torch.cuda.mem_get_info(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # a process that has found no room on the device at all cannot ask
+        return "its memory is full"
     held = torch.cuda.memory_reserved(device)
     return f"{free:,} of {total:,} bytes are free, this process holds {held:,}"
 

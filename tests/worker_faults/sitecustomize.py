@@ -1,8 +1,9 @@
 """Makes a tensor-parallel rank go wrong: a folder to put on the PYTHONPATH of the process that starts the ranks.
 
-NANOVLLM_TEST_FAULT holds "RANK WHERE WHAT": the rank, or ``any``; ``import``, or a method of ModelRunner, with a number
-for the call of it that is meant ("execute:3"); and ``raise``, ``kill``, ``hang``, ``stop`` (as Ctrl-Z does), ``halve``
-(what it returns), ``older`` (versions), ``gloo`` (instead of shared memory) or ``gloo+kill``.
+NANOVLLM_TEST_FAULT holds "RANK WHERE WHAT": the rank, or ``any``; ``import``, ``BatchState`` (when one is made), or a
+method of ModelRunner, with a number for the call of it that is meant ("execute:3"); and ``raise``, ``fill`` (the
+device's memory), ``kill``, ``hang``, ``stop`` (as Ctrl-Z does), ``halve`` (what it returns), ``older`` (versions),
+``gloo`` (instead of shared memory) or ``gloo+kill``.
 """
 
 import os
@@ -18,6 +19,8 @@ RANK, WHERE, WHAT = os.environ.get("NANOVLLM_TEST_FAULT", "- - -").split()
 def go_wrong() -> None:
     if WHAT == "raise":
         raise RuntimeError("made to fail")
+    if WHAT == "fill":
+        raise RuntimeError("CUDA error: out of memory")
     if WHAT.endswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     if WHAT == "stop":
@@ -33,6 +36,9 @@ def spoil(module) -> None:
         return
     if WHERE == "import":
         go_wrong()
+    if WHERE == "BatchState":
+        module.BatchState = lambda *arguments: go_wrong()
+        return
     name, _, number = WHERE.partition(":")
     method, calls = getattr(module.ModelRunner, name), []
 
