@@ -21,6 +21,7 @@ from nanovllm.kernels.sample import block_noise, row_words, sample, sample_refer
 from nanovllm.layers import sampler as sampler_module
 from nanovllm.layers.noise import block_words, exponential_noise, token_words
 from nanovllm.layers.sampler import Sampler, SamplingRows
+from nanovllm.layers.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE
 from nanovllm.layers.top_tokens import in_blocks
 from tests.bounds import bounds  # noqa: F401
 from tests.test_sampler import exact_distribution, make_rows, mixed_rows, request_keys
@@ -190,6 +191,18 @@ def nucleus_case(
     return logits, kept, sampler_module._Batch(sampler, logits.float(), kept)
 
 
+def assert_is_kept(token: int, logits: torch.Tensor, rows: SamplingRows, row: int) -> None:
+    """That min_p and top_p leave a token, up to the rounding of its weight and of those ahead of it."""
+    assert 0 <= token < len(logits)
+    temperature = float(rows.temperature[row].clamp(MIN_TEMPERATURE, MAX_TEMPERATURE))
+    weights = ((logits.double() - logits.max().double()) / temperature).exp()
+    assert weights[token] >= float(rows.min_p[row]) * (1 - 1e-4)
+    kept = weights * (weights >= float(rows.min_p[row]) * (1 - 1e-4))
+    earlier = torch.arange(len(logits), device=logits.device) < token
+    ahead = kept[(logits > logits[token]) | ((logits == logits[token]) & earlier)].sum()
+    assert ahead == 0 or ahead < (float(rows.top_p[row]) + 1e-4) * kept.sum()
+
+
 class TestNucleus:
     """Rows with a top_p alone, whose kept tokens are many."""
 
@@ -218,6 +231,61 @@ class TestNucleus:
         assert torch.equal(found == missing, ~pending)
         assert_nearly_all_equal(found, expected)
         assert_nearly_all_equal(found, other)
+
+    @given(
+        vocab_size=st.one_of(st.integers(1, 700), st.sampled_from([127, 128, 129, 4095, 4096, 4097, 5000])),
+        rows=st.integers(1, 6),
+        before=st.integers(0, 9),
+        behind=st.sampled_from([0, 1, 50, 200]),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        spread=st.sampled_from([0.0, 0.1, 2.0, 20.0]),
+        temperatures=st.lists(st.sampled_from([*TEMPERATURES[1:], 0.1, 0.7]), min_size=6, max_size=6),
+        top_ps=st.lists(
+            st.sampled_from([0.0, 1e-45, 1e-6, 0.01, 0.5, 0.9, 0.999, 1 - 2**-24, 1.0]), min_size=6, max_size=6
+        ),
+        min_ps=st.none() | st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 0.3, 1.0]), min_size=6, max_size=6),
+        pendings=st.lists(st.booleans(), min_size=6, max_size=6) | st.just([False] * 6) | st.just([True] * 6),
+        seed=st.integers(0, 1000),
+    )
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    def test_any_shape_any_parameters(
+        self,
+        vocab_size: int,
+        rows: int,
+        before: int,
+        behind: int,
+        dtype: torch.dtype,
+        spread: float,
+        temperatures: list[float],
+        top_ps: list[float],
+        min_ps: list[float] | None,
+        pendings: list[bool],
+        seed: int,
+    ) -> None:
+        """Logits, sums and parameters are parts of wider tables, as the engine keeps them; NaN lies around."""
+        missing = -7
+        wide = torch.full((rows, before + vocab_size + behind), torch.nan)
+        wide[:, before : before + vocab_size] = torch.randn(rows, vocab_size, generator=random_generator(seed)) * spread
+        logits = wide.to(dtype).to(DEVICE)[:, before:]
+        columns = torch.full((rows, 7), torch.nan)
+        for column, values in enumerate((temperatures, top_ps, min_ps or [0.0] * 6)):
+            columns[:, 2 * column] = torch.tensor(values[:rows])
+        temperature, top_p, min_p = columns.to(DEVICE)[:, :6:2].unbind(dim=1)
+        positions = torch.stack([torch.arange(rows) + seed, torch.full((rows,), -1)], dim=1).to(DEVICE)[:, 0]
+        keys = torch.cat([request_keys(rows), torch.zeros(rows, 3, dtype=torch.int32)], dim=1).to(DEVICE)[:, :2]
+        given_rows = to_device(make_rows(keys, positions, temperature, top_p=top_p, min_p=min_p))
+        sampler = Sampler(vocab_size, DEVICE, use_kernels=False)
+        batch = sampler_module._Batch(sampler, logits[:, :vocab_size].float(), given_rows)
+        sums = torch.cat([batch.sums, torch.full((rows, 3), torch.nan, device=DEVICE)], dim=1)[:, :-3]
+        pending = torch.tensor(pendings[:rows], device=DEVICE)
+        found, expected = torch.full((2, rows), missing, device=DEVICE)
+        rest = (temperature, None if min_ps is None else min_p, top_p, keys, positions, pending)
+        nucleus(logits, sums, batch.peaks, *rest, found, vocab_size)
+        nucleus_reference(logits, sums, batch.peaks, *rest, expected, vocab_size)
+        assert torch.equal(found == missing, ~pending)
+        assert_nearly_all_equal(found, expected)
+        for row in pending.nonzero()[:, 0].tolist():
+            assert_is_kept(int(found[row]), batch.blocks[row].flatten()[:vocab_size], given_rows, row)
 
     def test_many_attempts(self) -> None:
         """A top_p that nearly every draw misses: tokens of the nucleus alone, and several attempts each."""
