@@ -30,6 +30,10 @@ from tests.threads import one_thread  # noqa: F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURES = [0.0, 1e-38, 1e-20, 0.5, 1.0, 3.0, 1e20, 1e38]
+# Of draws from a nucleus: most are as requests have them, since at the limits one draw is like another.
+NUCLEUS_TEMPERATURES = [1e-38, 0.3, 0.7, 1.0, 1.0, 1.3, 3.0, 1e38]
+TOP_PS = [0.0, 1e-45, 0.01, 0.3, 0.5, 0.8, 0.95, 0.999, 1 - 2**-24, 1.0]
+MIN_PS = [0.0, 1e-30, 0.01, 0.05, 0.3, 1.0]
 
 
 def random_generator(seed: int) -> torch.Generator:
@@ -233,21 +237,17 @@ class TestNucleus:
         assert_nearly_all_equal(found, other)
 
     @given(
-        vocab_size=st.one_of(st.integers(1, 700), st.sampled_from([127, 128, 129, 4095, 4096, 4097, 5000])),
-        rows=st.integers(1, 6),
+        vocab_size=st.one_of(st.integers(1, 700), st.sampled_from([127, 128, 129, 1000, 4097])),
+        rows=st.sampled_from([12, 1, 5, 16]),
         before=st.integers(0, 9),
         behind=st.sampled_from([0, 1, 50, 200]),
         dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-        spread=st.sampled_from([0.0, 0.1, 2.0, 20.0]),
-        temperatures=st.lists(st.sampled_from([*TEMPERATURES[1:], 0.1, 0.7]), min_size=6, max_size=6),
-        top_ps=st.lists(
-            st.sampled_from([0.0, 1e-45, 1e-6, 0.01, 0.5, 0.9, 0.999, 1 - 2**-24, 1.0]), min_size=6, max_size=6
-        ),
-        min_ps=st.none() | st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 0.3, 1.0]), min_size=6, max_size=6),
-        pendings=st.lists(st.booleans(), min_size=6, max_size=6) | st.just([False] * 6) | st.just([True] * 6),
+        spread=st.sampled_from([2.0, 0.0, 0.1, 20.0]),
+        has_min_p=st.sampled_from([True, True, False]),
+        pending_share=st.sampled_from([0.8, 0.8, 1.0, 0.0]),
         seed=st.integers(0, 1000),
     )
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=25, deadline=None, derandomize=True)
     def test_any_shape_any_parameters(
         self,
         vocab_size: int,
@@ -256,20 +256,18 @@ class TestNucleus:
         behind: int,
         dtype: torch.dtype,
         spread: float,
-        temperatures: list[float],
-        top_ps: list[float],
-        min_ps: list[float] | None,
-        pendings: list[bool],
+        has_min_p: bool,
+        pending_share: float,
         seed: int,
     ) -> None:
         """Logits, sums and parameters are parts of wider tables, as the engine keeps them; NaN lies around."""
-        missing = -7
+        missing, generator = -7, random_generator(seed)
         wide = torch.full((rows, before + vocab_size + behind), torch.nan)
-        wide[:, before : before + vocab_size] = torch.randn(rows, vocab_size, generator=random_generator(seed)) * spread
+        wide[:, before : before + vocab_size] = torch.randn(rows, vocab_size, generator=generator) * spread
         logits = wide.to(dtype).to(DEVICE)[:, before:]
         columns = torch.full((rows, 7), torch.nan)
-        for column, values in enumerate((temperatures, top_ps, min_ps or [0.0] * 6)):
-            columns[:, 2 * column] = torch.tensor(values[:rows])
+        for column, values in enumerate((NUCLEUS_TEMPERATURES, TOP_PS, MIN_PS if has_min_p else [0.0])):
+            columns[:, 2 * column] = torch.tensor(values)[torch.randint(len(values), (rows,), generator=generator)]
         temperature, top_p, min_p = columns.to(DEVICE)[:, :6:2].unbind(dim=1)
         positions = torch.stack([torch.arange(rows) + seed, torch.full((rows,), -1)], dim=1).to(DEVICE)[:, 0]
         keys = torch.cat([request_keys(rows), torch.zeros(rows, 3, dtype=torch.int32)], dim=1).to(DEVICE)[:, :2]
@@ -277,15 +275,28 @@ class TestNucleus:
         sampler = Sampler(vocab_size, DEVICE, use_kernels=False)
         batch = sampler_module._Batch(sampler, logits[:, :vocab_size].float(), given_rows)
         sums = torch.cat([batch.sums, torch.full((rows, 3), torch.nan, device=DEVICE)], dim=1)[:, :-3]
-        pending = torch.tensor(pendings[:rows], device=DEVICE)
+        pending = (torch.rand(rows, generator=generator) < pending_share).to(DEVICE)
         found, expected = torch.full((2, rows), missing, device=DEVICE)
-        rest = (temperature, None if min_ps is None else min_p, top_p, keys, positions, pending)
+        rest = (temperature, min_p if has_min_p else None, top_p, keys, positions, pending)
         nucleus(logits, sums, batch.peaks, *rest, found, vocab_size)
         nucleus_reference(logits, sums, batch.peaks, *rest, expected, vocab_size)
         assert torch.equal(found == missing, ~pending)
+        if DEVICE.type == "cpu":  # interpreted, it rounds as torch does, but for the order of sums
+            assert torch.equal(found, expected)
         assert_nearly_all_equal(found, expected)
         for row in pending.nonzero()[:, 0].tolist():
             assert_is_kept(int(found[row]), batch.blocks[row].flatten()[:vocab_size], given_rows, row)
+
+    def test_what_min_p_leaves_out_is_never_drawn_first(self) -> None:
+        """It would be rejected, and another draw made, which would be another token."""
+        rows, vocab_size = 40, 200
+        logits = torch.randn(rows, vocab_size, generator=random_generator(0)).to(DEVICE) * 2
+        kept = to_device(make_rows(request_keys(rows), torch.arange(rows), temperature=2.0, top_p=0.9, min_p=0.3))
+        batch = sampler_module._Batch(Sampler(vocab_size, DEVICE, use_kernels=False), logits, kept)
+        found = torch.full((rows,), -7, device=DEVICE)
+        rest = (kept.temperature, kept.min_p, kept.top_p, kept.keys, kept.positions, torch.ones_like(found).bool())
+        nucleus(logits, batch.sums, batch.peaks, *rest, found, vocab_size)
+        assert_nearly_all_equal(found, batch._draw_nucleus(batch.everything))
 
     def test_many_attempts(self) -> None:
         """A top_p that nearly every draw misses: tokens of the nucleus alone, and several attempts each."""
