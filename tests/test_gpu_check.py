@@ -313,6 +313,19 @@ class TestReplayOfAdmission:
         assert 3e12 < bandwidth < 5e12
 
 
+class TestGraphs:
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the stage itself runs there")
+    def test_a_replay_that_differs_in_one_bit_is_an_error(
+        self, gpu_check: ModuleType, gpu_measure: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("triton", reason="triton is not installed")
+        stages = importlib.import_module("gpu_stages")
+        monkeypatch.setattr(stages, "replay_difference", lambda *arguments: 2.0**-24)
+        check = gpu_measure.Check(torch.device("cpu"), True, tmp_path)
+        with pytest.raises(RuntimeError, match="'replay_bitwise_equal': '0 of 2 batch sizes'"):
+            stages.compare_graphs(check, "float32")
+
+
 class TestDeviceUsage:
     def test_overlapping_kernels_count_once(self, gpu_check: ModuleType) -> None:
         def kernel(name: str, start: float, duration: float, category: str = "kernel") -> dict[str, Any]:

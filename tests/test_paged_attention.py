@@ -135,12 +135,19 @@ class TestDecode:
     """One query a row."""
 
     @few
-    @given(data=st.data(), shape=shapes, seed=st.integers(0, 100), apart=st.booleans(), mixed=st.booleans())
+    @given(
+        data=st.data(),
+        shape=shapes,
+        seed=st.integers(0, 100),
+        apart=st.booleans(),
+        mixed=st.booleans(),
+        by_token=st.booleans(),
+    )
     def test_equals_the_naive_reference(
-        self, data: st.DataObject, shape: Shape, seed: int, apart: bool, mixed: bool
+        self, data: st.DataObject, shape: Shape, seed: int, apart: bool, mixed: bool, by_token: bool
     ) -> None:
         contexts = data.draw(st.lists(st.one_of(st.just(0), edges(shape.block_size)), min_size=1, max_size=5))
-        cache = Cache(shape, contexts, seed)
+        cache = Cache(shape, contexts, seed, by_token)
         rows = torch.randperm(len(contexts), generator=cache.random).tolist()  # row i reads line rows[i]
         lengths = int32([contexts[line] for line in rows])
         slots = int32([line if contexts[line] else -1 for line in rows])
@@ -365,12 +372,19 @@ class TestPrefill:
     """Rows of several queries."""
 
     @few
-    @given(data=st.data(), shape=shapes, seed=st.integers(0, 100), apart=st.booleans(), with_slots=st.booleans())
+    @given(
+        data=st.data(),
+        shape=shapes,
+        seed=st.integers(0, 100),
+        apart=st.booleans(),
+        with_slots=st.booleans(),
+        by_token=st.booleans(),
+    )
     def test_equals_the_naive_reference(
-        self, data: st.DataObject, shape: Shape, seed: int, apart: bool, with_slots: bool
+        self, data: st.DataObject, shape: Shape, seed: int, apart: bool, with_slots: bool, by_token: bool
     ) -> None:
         rows = data.draw(st.lists(st.tuples(st.integers(0, 150), st.integers(1, 70)), min_size=1, max_size=3))
-        self.check(shape, rows, seed, apart, with_slots)
+        self.check(shape, rows, seed, apart, with_slots, by_token)
 
     @pytest.mark.usefixtures("exact_tiles")
     @pytest.mark.parametrize("head_dim", [96, 192, 256])
@@ -383,9 +397,11 @@ class TestPrefill:
         self.check(Shape(1, 2, 64, 32, torch.float32), [row], 1, True, False)
 
     @staticmethod
-    def check(shape: Shape, rows: list[tuple[int, int]], seed: int, apart: bool, with_slots: bool) -> None:
+    def check(
+        shape: Shape, rows: list[tuple[int, int]], seed: int, apart: bool, with_slots: bool, by_token: bool = False
+    ) -> None:
         contexts = [history + count for history, count in rows]
-        cache = Cache(shape, contexts, seed)
+        cache = Cache(shape, contexts, seed, by_token)
         counts = np.array([count for _, count in rows])
         tokens = np.cumsum(counts) - counts + 2  # the step's first tokens belong to others
         slots = None

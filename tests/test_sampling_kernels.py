@@ -21,6 +21,7 @@ from nanovllm.kernels.sample import block_noise, row_words, sample, sample_refer
 from nanovllm.layers import sampler as sampler_module
 from nanovllm.layers.noise import block_words, exponential_noise, token_words
 from nanovllm.layers.sampler import Sampler, SamplingRows
+from nanovllm.layers.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE
 from nanovllm.layers.top_tokens import in_blocks
 from tests.bounds import bounds  # noqa: F401
 from tests.test_sampler import exact_distribution, make_rows, mixed_rows, request_keys
@@ -29,6 +30,10 @@ from tests.threads import one_thread  # noqa: F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURES = [0.0, 1e-38, 1e-20, 0.5, 1.0, 3.0, 1e20, 1e38]
+# Of draws from a nucleus: most are as requests have them, since at the limits one draw is like another.
+NUCLEUS_TEMPERATURES = [1e-38, 0.3, 0.7, 1.0, 1.0, 1.3, 3.0, 1e38]
+TOP_PS = [0.0, 1e-45, 0.01, 0.3, 0.5, 0.8, 0.95, 0.999, 1 - 2**-24, 1.0]
+MIN_PS = [0.0, 1e-30, 0.01, 0.05, 0.3, 1.0]
 
 
 def random_generator(seed: int) -> torch.Generator:
@@ -190,6 +195,18 @@ def nucleus_case(
     return logits, kept, sampler_module._Batch(sampler, logits.float(), kept)
 
 
+def assert_is_kept(token: int, logits: torch.Tensor, rows: SamplingRows, row: int) -> None:
+    """That min_p and top_p leave a token, up to the rounding of its weight and of those ahead of it."""
+    assert 0 <= token < len(logits)
+    temperature = float(rows.temperature[row].clamp(MIN_TEMPERATURE, MAX_TEMPERATURE))
+    weights = ((logits.double() - logits.max().double()) / temperature).exp()
+    assert weights[token] >= float(rows.min_p[row]) * (1 - 1e-4)
+    kept = weights * (weights >= float(rows.min_p[row]) * (1 - 1e-4))
+    earlier = torch.arange(len(logits), device=logits.device) < token
+    ahead = kept[(logits > logits[token]) | ((logits == logits[token]) & earlier)].sum()
+    assert ahead == 0 or ahead < (float(rows.top_p[row]) + 1e-4) * kept.sum()
+
+
 class TestNucleus:
     """Rows with a top_p alone, whose kept tokens are many."""
 
@@ -218,6 +235,68 @@ class TestNucleus:
         assert torch.equal(found == missing, ~pending)
         assert_nearly_all_equal(found, expected)
         assert_nearly_all_equal(found, other)
+
+    @given(
+        vocab_size=st.one_of(st.integers(1, 700), st.sampled_from([127, 128, 129, 1000, 4097])),
+        rows=st.sampled_from([12, 1, 5, 16]),
+        before=st.integers(0, 9),
+        behind=st.sampled_from([0, 1, 50, 200]),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        spread=st.sampled_from([2.0, 0.0, 0.1, 20.0]),
+        has_min_p=st.sampled_from([True, True, False]),
+        pending_share=st.sampled_from([0.8, 0.8, 1.0, 0.0]),
+        seed=st.integers(0, 1000),
+    )
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    def test_any_shape_any_parameters(
+        self,
+        vocab_size: int,
+        rows: int,
+        before: int,
+        behind: int,
+        dtype: torch.dtype,
+        spread: float,
+        has_min_p: bool,
+        pending_share: float,
+        seed: int,
+    ) -> None:
+        """Logits, sums and parameters are parts of wider tables, as the engine keeps them; NaN lies around."""
+        missing, generator = -7, random_generator(seed)
+        wide = torch.full((rows, before + vocab_size + behind), torch.nan)
+        wide[:, before : before + vocab_size] = torch.randn(rows, vocab_size, generator=generator) * spread
+        logits = wide.to(dtype).to(DEVICE)[:, before:]
+        columns = torch.full((rows, 7), torch.nan)
+        for column, values in enumerate((NUCLEUS_TEMPERATURES, TOP_PS, MIN_PS if has_min_p else [0.0])):
+            columns[:, 2 * column] = torch.tensor(values)[torch.randint(len(values), (rows,), generator=generator)]
+        temperature, top_p, min_p = columns.to(DEVICE)[:, :6:2].unbind(dim=1)
+        positions = torch.stack([torch.arange(rows) + seed, torch.full((rows,), -1)], dim=1).to(DEVICE)[:, 0]
+        keys = torch.cat([request_keys(rows), torch.zeros(rows, 3, dtype=torch.int32)], dim=1).to(DEVICE)[:, :2]
+        given_rows = to_device(make_rows(keys, positions, temperature, top_p=top_p, min_p=min_p))
+        sampler = Sampler(vocab_size, DEVICE, use_kernels=False)
+        batch = sampler_module._Batch(sampler, logits[:, :vocab_size].float(), given_rows)
+        sums = torch.cat([batch.sums, torch.full((rows, 3), torch.nan, device=DEVICE)], dim=1)[:, :-3]
+        pending = (torch.rand(rows, generator=generator) < pending_share).to(DEVICE)
+        found, expected = torch.full((2, rows), missing, device=DEVICE)
+        rest = (temperature, min_p if has_min_p else None, top_p, keys, positions, pending)
+        nucleus(logits, sums, batch.peaks, *rest, found, vocab_size)
+        nucleus_reference(logits, sums, batch.peaks, *rest, expected, vocab_size)
+        assert torch.equal(found == missing, ~pending)
+        if DEVICE.type == "cpu":  # interpreted, it rounds as torch does, but for the order of sums
+            assert torch.equal(found, expected)
+        assert_nearly_all_equal(found, expected)
+        for row in pending.nonzero()[:, 0].tolist():
+            assert_is_kept(int(found[row]), batch.blocks[row].flatten()[:vocab_size], given_rows, row)
+
+    def test_what_min_p_leaves_out_is_never_drawn_first(self) -> None:
+        """It would be rejected, and another draw made, which would be another token."""
+        rows, vocab_size = 40, 200
+        logits = torch.randn(rows, vocab_size, generator=random_generator(0)).to(DEVICE) * 2
+        kept = to_device(make_rows(request_keys(rows), torch.arange(rows), temperature=2.0, top_p=0.9, min_p=0.3))
+        batch = sampler_module._Batch(Sampler(vocab_size, DEVICE, use_kernels=False), logits, kept)
+        found = torch.full((rows,), -7, device=DEVICE)
+        rest = (kept.temperature, kept.min_p, kept.top_p, kept.keys, kept.positions, torch.ones_like(found).bool())
+        nucleus(logits, batch.sums, batch.peaks, *rest, found, vocab_size)
+        assert_nearly_all_equal(found, batch._draw_nucleus(batch.everything))
 
     def test_many_attempts(self) -> None:
         """A top_p that nearly every draw misses: tokens of the nucleus alone, and several attempts each."""

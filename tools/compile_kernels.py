@@ -31,7 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS, MAX_LEN, VOCABULARY, MULTIPROCESSORS = 256, 4096, 151_936, 132
 
 
@@ -177,7 +177,12 @@ def _decode_few_rows() -> Calls:
 
     rows = 4
     for name, of, kv_heads, group, head_dim in _kinds(
-        ("bf16", 8, 2, 128), ("bf16", 8, 4, 128), ("bf16", 8, 8, 80), ("fp32", 8, 2, 128), ("fp32", 8, 8, 128)
+        ("bf16", 8, 2, 128),
+        ("bf16", 8, 4, 128),
+        ("bf16", 8, 8, 80),
+        ("fp16", 8, 2, 128),
+        ("fp32", 8, 2, 128),
+        ("fp32", 8, 8, 128),
     ):
         sizes = kv_heads * group, kv_heads
         rotation = _floats(MAX_LEN, head_dim // 2), _floats(MAX_LEN, head_dim // 2), _longs(rows)
@@ -219,6 +224,7 @@ def _fused_linear() -> Calls:
         ("bf16", 4, 1024, 3072, "norm gated"),
         ("bf16", 1, 3072, 1024, "residual bias"),
         ("bf16", 4, 25600, 5120, "residual"),
+        ("fp16", 4, 1024, 3072, "norm gated"),
         ("fp32", 2, 1024, 3072, "norm gated"),
         ("fp32", 4, 12288, 4096, "residual"),
     ):
@@ -233,12 +239,11 @@ def _fused_linear() -> Calls:
 def _nucleus() -> Calls:
     from nanovllm.kernels.nucleus import nucleus
 
-    for name, of in _kinds(("bf16",), ("fp32",)):
-        for min_p in (None, _floats(ROWS)):
-            measures = _floats(ROWS, 1187), _floats(ROWS), _floats(ROWS), min_p, _floats(ROWS)
-            pending = torch.empty(ROWS, dtype=torch.bool)
-            arguments = *measures, _ints(ROWS, 2), _longs(ROWS), pending, _longs(ROWS), VOCABULARY
-            yield f"{name}{'' if min_p is None else ', min_p'}", nucleus, (of(ROWS, VOCABULARY), *arguments)
+    for name, of, has_min_p in _kinds(("bf16", False), ("bf16", True), ("fp16", True), ("fp32", False), ("fp32", True)):
+        measures = _floats(ROWS, 1187), _floats(ROWS), _floats(ROWS), _floats(ROWS) if has_min_p else None
+        pending = torch.empty(ROWS, dtype=torch.bool)
+        arguments = *measures, _floats(ROWS), _ints(ROWS, 2), _longs(ROWS), pending, _longs(ROWS), VOCABULARY
+        yield f"{name}{', min_p' if has_min_p else ''}", nucleus, (of(ROWS, VOCABULARY), *arguments)
 
 
 def _paged_decode() -> Calls:
@@ -251,6 +256,7 @@ def _paged_decode() -> Calls:
         ("bf16", 8, 8, 80, 256),
         ("bf16", 1, 71, 64, 32),
         ("bf16", 4, 1, 256, 32),
+        ("fp16", 8, 2, 128, 32),
         ("fp32", 8, 2, 128, 32),
         ("fp32", 8, 4, 256, 32),
     ):
@@ -271,6 +277,7 @@ def _paged_prefill() -> Calls:
         ("bf16", 4, 5, 80, 32, False),
         ("bf16", 8, 4, 64, 256, True),
         ("bf16", 4, 1, 256, 32, True),
+        ("fp16", 8, 2, 128, 16, True),
         ("fp32", 8, 2, 128, 32, True),
         ("fp32", 8, 4, 256, 32, True),
     ):
@@ -309,7 +316,7 @@ def _rms_norm() -> Calls:
 def _sample() -> Calls:
     from nanovllm.kernels.sample import sample
 
-    for name, of in _kinds(("bf16",), ("fp32",)):
+    for name, of in _kinds(("bf16",), ("fp16",), ("fp32",)):
         arguments = of(ROWS, VOCABULARY), _floats(ROWS), _ints(ROWS, 2), _longs(ROWS), VOCABULARY
         yield name, sample, arguments
 

@@ -197,7 +197,10 @@ def open_captured(check: Check, model: Path, dtype: str, rows: int, capture: Any
 
 
 def compare_graphs(check: Check, dtype: str) -> Result:
-    """Batches of odd sizes: tokens with and without graphs, and logits of a replay and of the same launches."""
+    """Batches of odd sizes: tokens with and without graphs, and logits of a replay and of the same launches.
+
+    A replay launches the very kernels that it was captured from: its logits are to be equal bit by bit, in every dtype.
+    """
     sizes = (1, 3) if check.quick else (1, 2, 3, 5, 7, 12, 31, 100, 200, 300)
     params = SamplingParams(temperature=0, max_tokens=2 if check.quick else 12, ignore_eos=True)
     # Lengths that leave room in the last block: replays beyond the plan must not need another one.
@@ -221,7 +224,7 @@ def compare_graphs(check: Check, dtype: str) -> Result:
         result["replay_bitwise_equal"] = f"{sum(d == 0 for d in differences)} of {len(sizes)} batch sizes"
         result["replay_largest_difference"] = max(differences)
         result["backend"] = captured.get_metrics()["attention_backend"]
-    if (dtype == "float32" and equal < sum(sizes)) or not all(difference < 0.1 for difference in differences):
+    if equal < sum(sizes) or any(difference != 0 for difference in differences):
         raise RuntimeError(str(result))
     return result
 
