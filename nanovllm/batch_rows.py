@@ -73,12 +73,17 @@ def line_id(number: int) -> str:
     return f"line-{number}"
 
 
+def _is_openai(record: dict[str, Any]) -> bool:
+    """Whether a row is in OpenAI's format, or means to be."""
+    return bool(OPENAI_KEYS & (record.keys() - {"custom_id"}))
+
+
 def row_id_of(record: Any, number: int) -> str | int:
     """A row's id, or one from its line number; TypeError if the id is neither text nor a whole number."""
     found = None
     if isinstance(record, dict):
         found = record.get("custom_id")
-        if found is None and not OPENAI_KEYS & (record.keys() - {"custom_id"}):
+        if found is None and not _is_openai(record):
             found = record.get("id")
     if found is None:
         return line_id(number)
@@ -89,7 +94,7 @@ def row_id_of(record: Any, number: int) -> str | int:
 
 def metadata_of(record: Any) -> Any:
     """What a row has for whoever reads its answer; None if there is nothing."""
-    if isinstance(record, dict) and OPENAI_KEYS & (record.keys() - {"custom_id"}):
+    if isinstance(record, dict) and _is_openai(record):
         record = record.get("body")
     return record.get("metadata") if isinstance(record, dict) else None
 
@@ -98,7 +103,7 @@ def parse_record(record: Any, row: BatchRow, defaults: SamplingParams, template_
     """Fill in what a row asks for; TypeError or ValueError saying what is wrong with it."""
     if not isinstance(record, dict):
         raise TypeError(f"the line is {kind_of(record)}; it must be an object")
-    if OPENAI_KEYS & (record.keys() - {"custom_id"}):
+    if _is_openai(record):
         for name in record.keys() - OPENAI_KEYS:
             raise _unknown("a row with 'url' and 'body'", name, OPENAI_KEYS, "the body's 'metadata'")
         row.url = record.get("url")
@@ -127,13 +132,8 @@ def parse_record(record: Any, row: BatchRow, defaults: SamplingParams, template_
 
 def _unknown(where: str, name: str, known: set[str], place: str) -> TypeError:
     """A TypeError for what may be misspelt, or a column that only the caller reads."""
-    error = unknown_argument(where, name, known)
-    if "did you mean" in str(error):
-        return error
-    return TypeError(
-        f"{where} has no argument {name!r}; a column of your own goes into {place}, and comes back with the answer; "
-        f"known arguments: {', '.join(sorted(known))}"
-    )
+    own = f"a column of your own goes into {place}, and comes back with the answer"
+    return unknown_argument(where, name, known, otherwise=own)
 
 
 def _chat_options(settings: dict[str, Any], template_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -242,6 +242,7 @@ BAD_ROWS = [
     (chat_row("x", "a", logprobs=3), "true or false"),
     (chat_row("x", "a", top_logprobs=3), "logprobs: true"),
     (chat_row("x", "a", chat_template_kwarg={}), "did you mean 'chat_template_kwargs'?"),
+    (chat_row("x", "a", enable_thinking=False), "it goes into chat_template_kwargs"),
     (chat_row("x", "a") | {"url": "/v1/embeddings"}, "url is '/v1/embeddings'"),
     (chat_row("x", "a") | {"method": "GET"}, "method is 'GET'"),
     (chat_row("x", "a") | {"body": None}, "body is None"),

@@ -75,15 +75,19 @@ _PLACES = {
 }
 
 
-def unknown_argument(where: str, name: str, known: Iterable[str]) -> TypeError:
-    """A TypeError for a misplaced or misspelt keyword: where it goes, or the nearest known one."""
+def unknown_argument(where: str, name: str, known: Iterable[str], otherwise: str = "") -> TypeError:
+    """A TypeError for a misplaced or misspelt keyword: where it goes, the nearest known one, or all of them.
+
+    ``otherwise`` is what it may be instead where it is like none of them.
+    """
     known = set(known)
     if name == "enable_thinking" and "chat_template_kwargs" in known:
         return TypeError(f"{where} has no argument {name!r}; it goes into chat_template_kwargs: {{{name!r}: ...}}")
     if name in _PLACES and where in ("LLM", "SamplingParams", "generate"):
         return TypeError(f"{where} has no argument {name!r}; it goes into {_PLACES[name]}")
     near = nearest(name, known)
-    hint = f"did you mean {near!r}?" if near is not None else f"known arguments: {', '.join(sorted(known))}"
+    every = f"{otherwise and f'{otherwise}; '}known arguments: {', '.join(sorted(known))}"
+    hint = f"did you mean {near!r}?" if near is not None else every
     return TypeError(f"{where} has no argument {name!r}; {hint}")
 
 
