@@ -68,6 +68,14 @@ shapes = st.builds(
     block_size=st.sampled_from([16, 32, 256]),
     dtype=st.sampled_from([torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]),
 )
+# What the kernels of decoding and of prompts are given alike: queries may lie apart, tokens or heads first in a block.
+layouts: dict[str, Any] = {
+    "data": st.data(),
+    "shape": shapes,
+    "seed": st.integers(0, 100),
+    "apart": st.booleans(),
+    "by_token": st.booleans(),
+}
 
 
 class Cache:
@@ -135,14 +143,7 @@ class TestDecode:
     """One query a row."""
 
     @few
-    @given(
-        data=st.data(),
-        shape=shapes,
-        seed=st.integers(0, 100),
-        apart=st.booleans(),
-        mixed=st.booleans(),
-        by_token=st.booleans(),
-    )
+    @given(**layouts, mixed=st.booleans())
     def test_equals_the_naive_reference(
         self, data: st.DataObject, shape: Shape, seed: int, apart: bool, mixed: bool, by_token: bool
     ) -> None:
@@ -372,14 +373,7 @@ class TestPrefill:
     """Rows of several queries."""
 
     @few
-    @given(
-        data=st.data(),
-        shape=shapes,
-        seed=st.integers(0, 100),
-        apart=st.booleans(),
-        with_slots=st.booleans(),
-        by_token=st.booleans(),
-    )
+    @given(**layouts, with_slots=st.booleans())
     def test_equals_the_naive_reference(
         self, data: st.DataObject, shape: Shape, seed: int, apart: bool, with_slots: bool, by_token: bool
     ) -> None:

@@ -109,13 +109,20 @@ class Case:
 
 def run_case(check: Check, case: Case, dtype: torch.dtype) -> Result:
     """Compare with the reference on equal arguments, then time it on many different ones."""
+    result = agreement(case, case.run, case.reference, dtype, check.device)
+    return result | speed(check, seconds_of(check, case, case.run), case.num_bytes, case.flops)
 
-    def arguments(seed: int) -> tuple[Any, ...]:
-        return case.make(torch.Generator(check.device).manual_seed(seed))
 
-    given, given_reference = arguments(0), arguments(0)
-    found = case.outputs(case.run(*given), given)
-    expected = case.outputs(case.reference(*given_reference), given_reference)
+def arguments_of(case: Case, seed: int, device: torch.device) -> tuple[Any, ...]:
+    return case.make(torch.Generator(device).manual_seed(seed))
+
+
+def agreement(
+    case: Case, one: Callable[..., Any], other: Callable[..., Any], dtype: torch.dtype, device: torch.device
+) -> Result:
+    """How far two functions agree on equal arguments; RuntimeError if that is not far enough."""
+    given, given_other = arguments_of(case, 0, device), arguments_of(case, 0, device)
+    found, expected = case.outputs(one(*given), given), case.outputs(other(*given_other), given_other)
     result: Result = {}
     for actual, wanted in zip(found, expected, strict=True):
         if wanted.dtype.is_floating_point:
@@ -128,10 +135,14 @@ def run_case(check: Check, case: Case, dtype: torch.dtype) -> Result:
             result["equal"] = min(equal, result.get("equal", 1.0))
             if not equal >= LEAST_EQUAL:
                 raise RuntimeError(f"only {equal:.1%} of {wanted.numel()} integers are equal")
-    del given, given_reference, found, expected
+    return result
+
+
+def seconds_of(check: Check, case: Case, function: Callable[..., Any]) -> float:
+    """Of a call, on average over many different arguments."""
     copies = 1 if check.quick else min(MOST_COPIES, max(2, ROTATED_BYTES // max(case.num_bytes, 1)))
-    seconds = device_seconds([partial(case.run, *arguments(seed)) for seed in range(copies)], check.device)
-    return result | speed(check, seconds, case.num_bytes, case.flops)
+    calls = [partial(function, *arguments_of(case, seed, check.device)) for seed in range(copies)]
+    return device_seconds(calls, check.device)
 
 
 def speed(check: Check, seconds: float, num_bytes: int = 0, flops: int = 0) -> Result:
@@ -151,30 +162,21 @@ def check_compiled(check: Check) -> None:
     cases = [case for tokens in (shape.rows, shape.tokens) for case in dense_cases(shape, dtype, device, tokens)]
     for case in [*cases, *sampling_cases(shape, dtype, device)]:
         if case.compiled is not None:
-            check.part(f"{case.name} {str(dtype).removeprefix('torch.')}", compare_compiled, check, case)
+            check.part(f"{case.name} {str(dtype).removeprefix('torch.')}", compare_compiled, check, case, dtype)
 
 
-def compare_compiled(check: Check, case: Case) -> Result:
-    def microseconds(function: Callable[..., Any]) -> float:
-        copies = 1 if check.quick else min(MOST_COPIES, max(2, ROTATED_BYTES // max(case.num_bytes, 1)))
-        generators = [torch.Generator(check.device).manual_seed(seed) for seed in range(copies)]
-        return device_seconds([partial(function, *case.make(g)) for g in generators], check.device) * 1e6
-
+def compare_compiled(check: Check, case: Case, dtype: torch.dtype) -> Result:
     assert case.compiled is not None
     torch.compiler.reset()
     backend = "eager" if check.quick else "inductor"  # a rehearsal needs no compiler
     compiled = torch.compile(case.compiled, fullgraph=True, dynamic=False, backend=backend)
-    given, others = (case.make(torch.Generator(check.device).manual_seed(0)) for _ in range(2))
+    given = arguments_of(case, 0, check.device)
     begun = time.perf_counter()
-    found = case.outputs(compiled(*given), given)
+    compiled(*given)
     seconds = time.perf_counter() - begun
-    if check.on_cuda:
-        expected = case.outputs(case.run(*others), others)
-        for actual, wanted in zip(found, expected, strict=True):
-            if wanted.dtype.is_floating_point and not relative_error(actual, wanted) <= ERROR_LIMITS[wanted.dtype]:
-                raise RuntimeError("torch.compile and the kernel disagree")
-    ours, theirs = (microseconds(function) for function in (case.run, compiled))
-    return {"us": ours, "us_compiled": theirs, "ratio": theirs / ours, "seconds_of_compiling": seconds}
+    result = agreement(case, compiled, case.run, dtype, check.device)
+    ours, theirs = (seconds_of(check, case, function) * 1e6 for function in (case.run, compiled))
+    return result | {"us": ours, "us_compiled": theirs, "ratio": theirs / ours, "seconds_of_compiling": seconds}
 
 
 # ------------------------------------------------------------------------------- between the matrix products

@@ -1,11 +1,11 @@
 """``nanovllm compare``: the engine against transformers, layer by layer, or against itself with other settings."""
 
 import argparse
-import math
 from typing import Any
 
 from nanovllm.cli.options import add_command, add_model_options, model_arguments, read_text
 from nanovllm.utils.options import add_device_option, add_json_option, json_alone, print_json
+from nanovllm.utils.validation import check_number
 
 # A comparison needs room for one prompt, not for all of a machine's memory.
 DEFAULT_MAX_NUM_SEQS = 4
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give one of --prompt, --prompt-file and --token-ids")
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
-    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
-        raise ValueError(f"--tolerance is {args.tolerance}; it must be a finite number of at least 0")
+    if args.tolerance is not None:
+        check_number("--tolerance", args.tolerance, low=0)
     text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
     arguments: dict[str, Any] = {"max_num_seqs": DEFAULT_MAX_NUM_SEQS, **model_arguments(args)}
     config = EngineConfig.from_arguments(**{k: v for k, v in {**arguments, **settings}.items() if k != DISABLE})
